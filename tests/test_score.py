@@ -1,0 +1,155 @@
+"Scores and thresholds: properties that a notebook would be tedious for."
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from zipper_ad.core import InputError
+from zipper_ad.score import (
+    ERROR_KINDS,
+    LocationCalibration,
+    conformal_threshold,
+    error_map,
+    p_values,
+    pool,
+    smallest_fpr,
+    smooth,
+)
+
+
+def test_import_is_light():
+    "Prediction imports this module: neither fastai nor scikit-learn nor matplotlib may come with it."
+    heavy = ("fastai", "sklearn", "matplotlib", "torchvision")
+    code = f"import sys, zipper_ad.score; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ERROR_KINDS)
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (2, 3, 48, 40)])
+def test_error_maps_are_bounded_and_symmetric(kind, shape):
+    x, y = torch.rand(2, *shape)
+    maps = error_map(x, y, kind)
+    assert maps.shape == (shape[0], 1, *shape[2:])
+    assert -1e-5 <= maps.min() and maps.max() <= 1 + 1e-5
+    torch.testing.assert_close(maps, error_map(y, x, kind), atol=1e-5, rtol=0)
+
+
+def test_error_map_grows_with_the_difference():
+    x = torch.rand(1, 1, 64, 64) * 0.5 + 0.25
+    noise = torch.randn(1, 1, 64, 64) * 0.05
+    for kind in ERROR_KINDS:
+        assert error_map(x, x + noise, kind).mean() < error_map(x, x + 3 * noise, kind).mean()
+
+
+def test_error_map_rejects_other_shapes():
+    with pytest.raises(InputError, match="differ in shape"):
+        error_map(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_smooth_keeps_dtype_and_mean(dtype):
+    maps = torch.rand(2, 1, 40, 64).to(dtype)
+    smoothed = smooth(maps, 6)
+    assert smoothed.dtype == dtype and smoothed.shape == maps.shape
+    assert abs(smoothed.float().mean() - maps.float().mean()) < 0.02
+
+
+def test_smooth_after_inference_mode_can_be_differentiated():
+    "The cached matrix must not be tied to the mode in which it was first made."
+    with torch.inference_mode():
+        smooth(torch.rand(1, 1, 37, 41), 5)
+    maps = torch.rand(1, 1, 37, 41, requires_grad=True)
+    smooth(maps, 5).square().sum().backward()
+    assert maps.grad.abs().sum() > 0
+
+
+def test_calibration_works_with_constant_and_with_few_maps():
+    constant = LocationCalibration().fit(torch.ones(5, 1, 16, 16))
+    assert torch.isfinite(constant(torch.rand(2, 1, 16, 16))).all()
+    two = LocationCalibration().fit(torch.rand(2, 1, 16, 16))
+    assert two(torch.rand(3, 1, 16, 16)).shape == (3, 1, 16, 16)
+
+
+def test_calibration_does_not_depend_on_order_or_scale():
+    maps, new = torch.rand(12, 1, 32, 32), torch.rand(4, 1, 32, 32)
+    expected = LocationCalibration().fit(maps)(new)
+    torch.testing.assert_close(LocationCalibration().fit(maps.flip(0))(new), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(LocationCalibration().fit(maps * 1000)(new * 1000), expected, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("maps", [torch.zeros(3, 16, 16), torch.zeros(3, 2, 16, 16), torch.full((3, 1, 16, 16), float("nan"))])
+def test_calibration_rejects_bad_maps(maps):
+    with pytest.raises(InputError):
+        LocationCalibration().fit(maps)
+
+
+def test_calibration_rejects_another_size_and_incomplete_state():
+    calibration = LocationCalibration().fit(torch.rand(3, 1, 16, 16))
+    with pytest.raises(InputError, match="do not fit"):
+        calibration(torch.rand(1, 1, 32, 32))
+    with pytest.raises(InputError, match="damaged"):
+        LocationCalibration.from_state({"mean": np.zeros((1, 16, 16), np.float32)})
+    with pytest.raises(InputError, match="nothing to keep"):
+        LocationCalibration().state_dict()
+
+
+def test_pool_of_a_batch():
+    maps = torch.rand(5, 1, 20, 30)
+    torch.testing.assert_close(pool(maps), maps.flatten(1).max(1).values)
+    torch.testing.assert_close(pool(maps, "topk", k=7), maps.flatten(1).sort(1, descending=True).values[:, :7].mean(1))
+    with pytest.raises(InputError):
+        pool(maps, "topk", k=0)
+
+
+@pytest.mark.parametrize(
+    "n, fpr, rank",
+    [(99, 0.01, 99), (19, 0.05, 19), (39, 0.05, 38), (199, 0.01, 198), (9, 0.1, 9), (999, 0.003, 997), (9, 0.3, 7)],
+)
+def test_exact_ranks(n, fpr, rank):
+    "(n + 1)(1 − α) is whole in all of these, and must not be rounded up by a floating-point error."
+    threshold = conformal_threshold(np.random.default_rng(0).permutation(np.arange(1.0, n + 1)), fpr)
+    assert threshold.value == rank and threshold.message == ""
+    assert threshold.promised_fpr == pytest.approx(fpr)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 20, 63, 150])
+@pytest.mark.parametrize("fpr", [0.001, 0.01, 0.05, 0.2, 0.5, 0.99])
+def test_promise_is_the_smallest_rank_that_keeps_it(n, fpr):
+    threshold = conformal_threshold(np.arange(1, n + 1), fpr)
+    assert threshold.promised_fpr == pytest.approx((n + 1 - threshold.value) / (n + 1))
+    if fpr < smallest_fpr(n):
+        assert threshold.value == n and threshold.message
+    else:
+        assert threshold.promised_fpr <= fpr + 1e-9
+        assert threshold.value == 1 or (n + 2 - threshold.value) / (n + 1) > fpr
+
+
+def test_too_few_normals_warn(caplog):
+    with caplog.at_level(logging.WARNING):
+        threshold = conformal_threshold(np.arange(5.0), 0.05)
+    assert threshold.message in caplog.text and "Hold out 19" in threshold.message
+
+
+@pytest.mark.parametrize("fpr", [0, 1, -0.1, 1.5, float("nan")])
+def test_bad_rates(fpr):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        conformal_threshold(np.arange(50.0), fpr)
+
+
+def test_threshold_and_p_values_agree_with_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        calibration, new = rng.integers(0, 12, 30).astype(float), rng.integers(0, 15, 60).astype(float)
+        threshold = conformal_threshold(calibration, 0.1)
+        p = p_values(new, calibration)
+        assert ((new > threshold.value) <= (p <= threshold.promised_fpr + 1e-12)).all()
+        assert 1 / 31 <= p.min() and p.max() <= 1
+
+
+def test_p_values_reject_nan():
+    with pytest.raises(InputError, match="not finite"):
+        p_values([np.nan], [1.0, 2.0])
