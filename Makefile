@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
-export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
+# Notebooks and tests run two at a time, so each gets one thread; everything else takes what there is.
+test test-notebooks test-slow coverage notebooks: export OMP_NUM_THREADS ?= 1
 
 # Which torch: the pinned one, or what `make venv TORCH=… PIP_ARGS=…` asked for last (kept in .venv/choice.mk). See CONTRIBUTING.md.
 TORCH_PINS := $(shell grep -E '^torch(vision)?==' constraints.txt)

@@ -143,19 +143,18 @@ def test_palette_cmyk_and_one_bit(tmp_path):
     assert read_image(tmp_path / "palette.png").ndim == 2
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "lzw.tif", "x.webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(tmp_path, orientation):
-    from PIL import ImageOps
-
+def test_exif_rotation(tmp_path, orientation, name):
+    turns = [lambda a: a, np.fliplr, lambda a: a[::-1, ::-1], np.flipud, np.transpose, lambda a: np.rot90(a, -1),
+             lambda a: np.rot90(a, 2).T, lambda a: np.rot90(a)]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for name in ("turned.png", "turned.tif"):
-        Image.fromarray(RAMP).save(tmp_path / name, exif=exif)
-        with Image.open(tmp_path / name) as image:
-            expected = np.asarray(ImageOps.exif_transpose(image))
-        assert (read_image(tmp_path / name) == expected).all()
-        assert (read_image(tmp_path / name).shape == RAMP.shape) == (orientation < 5)
-        assert data._upright_size(tmp_path / name) == expected.shape[::-1]
+    options = {"x.webp": {"lossless": True}, "lzw.tif": {"compression": "tiff_lzw"}}.get(name, {})
+    Image.fromarray(RAMP).save(tmp_path / name, exif=exif, **options)
+    expected = turns[orientation - 1](RAMP)
+    assert np.array_equal(read_image(tmp_path / name), expected)
+    assert data._upright_size(tmp_path / name) == expected.shape[::-1]
 
 
 def test_broken_exif_is_no_reason_to_refuse(tmp_path):
@@ -591,7 +590,7 @@ def server(monkeypatch):
     monkeypatch.setattr(data, "_PAUSE", 0)
     handler = type("Handler", (Server,), {"cuts": [], "seen": []})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     handler.url = f"http://127.0.0.1:{httpd.server_port}/zipper.tar.xz"
     yield handler
     httpd.shutdown()
@@ -723,7 +722,8 @@ def test_nothing_leaves_the_folder(server, tmp_path, member):
     out = tmp_path / "a/b/out"
     with pytest.raises(InputError, match="unsafe archive, nothing was unpacked|cannot be unpacked"):
         fetch(server, out, pack(member))
-    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")} == {"a", "a/b", "a/b/out", "a/b/out/zipper.tar.xz.part"}
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == ["a/b/out/zipper.tar.xz.part"]
+    assert len(list(tmp_path.rglob("*"))) == 4  # that file and its three folders
     assert not Path("/tmp/zipper_ad_evil").exists()
 
 
@@ -816,7 +816,7 @@ def test_check_notes(mvtec):
     save(mvtec / "test/unmasked/000.png", picture(300, (48, 48)))
     (mvtec / "test/good/notes.txt").touch()
     notes = "\n".join(check_data(mvtec).notes)
-    for words in ("train/good: 1 images? (is|are) copies", "test/unmasked: no masks", "2 sizes", "1 .txt"):
+    for words in ("train/good: 1 image copied", "test/unmasked: no masks", "2 sizes", "1 .txt"):
         assert re.search(words, notes), words
 
 

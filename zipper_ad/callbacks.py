@@ -94,21 +94,14 @@ def pick_precision(
 class AutocastCallback(Callback):
     "Runs the network in bfloat16 on any device; outputs come back as float32."
 
-    def before_batch(self):
-        self.context = torch.autocast(self.learn.dls.device.type, torch.bfloat16)
-        self.context.__enter__()
+    def before_fit(self):
+        self.model.forward = torch.autocast(self.learn.dls.device.type, torch.bfloat16)(type(self.model).forward.__get__(self.model))
 
     def after_pred(self):
-        self._leave()
         self.learn.pred = Restored(*(None if p is None else p.float() for p in self.pred))
 
-    def after_cancel_batch(self):
-        self._leave()
-
-    def _leave(self):
-        if getattr(self, "context", None) is not None:
-            self.context.__exit__(None, None, None)
-            self.context = None
+    def after_fit(self):
+        self.model.__dict__.pop("forward", None)
 
 # %% ../nbs/21_callbacks.ipynb #3abcf99d
 def warmup_cosine(
@@ -126,7 +119,7 @@ def warmup_cosine(
 class ScheduleCallback(Callback):
     "Sets the learning rate by warm-up and cosine over epochs or minutes, whichever ends first, and stops when the minutes are over."
 
-    order = 55
+    order = TrackerCallback.order + 6  # it ends the training after others have seen the last epoch
 
     def __init__(
         self,
@@ -225,7 +218,8 @@ class TerminalProgress(Callback):
     def before_fit(self):
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=100, desc="training", unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(total=100, desc="training", bar_format=form)
         self.told = -1
 
     def after_batch(self):

@@ -73,7 +73,7 @@ def atomic_path(
     "A temporary path to write to; it becomes `path` when the block ends well, and vanishes when it does not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix[:16], dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -101,6 +101,7 @@ def show_images(
     titles=None,  # one title an image
     columns: int = 4,  # images in a row
     size: float = 2.2,  # width of one image in inches
+    dpi: int = 60,  # dots an inch
     cmap: str = "gray",  # colours of single-channel images
     vmin: float | None = 0.0,  # value shown darkest; None: the smallest in each image
     vmax: float | None = 1.0,  # value shown brightest; None: the largest in each image
@@ -112,7 +113,8 @@ def show_images(
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
     height = images[0].shape[0] / images[0].shape[1] if images else 1
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size * height + (0.25 if titles else 0))), squeeze=False)
+    figsize = columns * size, rows * (size * height + (0.25 if titles else 0))
+    fig, axes = plt.subplots(rows, columns, figsize=figsize, squeeze=False, dpi=dpi)
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
         if i < len(images):

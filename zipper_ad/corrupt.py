@@ -108,7 +108,7 @@ def fill_texture(x, generator=None):
     grey, contrast = _uniform(len(x), 0.05, 0.9, x, generator), _uniform(len(x), 0, 0.25, x, generator)
     return (grey + contrast * smooth_noise(x, (fineness[0], fineness[1]), generator)).clamp(0, 1).expand_as(x)
 
-
+# %% ../nbs/04_corrupt.ipynb #7e023fe8
 def fill_blur(x, generator=None):
     "The picture itself, blurred, and a little darker or brighter: (B,C,H,W)."
     window = 2 * int(torch.randint(1, 6, (), generator=generator, device=x.device)) + 1
@@ -159,10 +159,16 @@ def stretch(x, mask, generator=None):
     return _resample(x, soft * along * (row - centre_r), soft * across * (column - centre_c))
 
 # %% ../nbs/04_corrupt.ipynb #498dcf06
-KINDS = {
-    "patch": (fill_patch, "area"), "texture": (fill_texture, "area"), "blur": (fill_blur, "area"), "rough": (fill_rough, "area"),
-    "hole": (fill_hole, "area"), "thread": (fill_hole, "thread"), "warp": (warp, "move"), "stretch": (stretch, "move"),
-}  # kind: (how it is filled, where it goes)
+KINDS = {  # kind: (how it is filled, where it goes)
+    "patch": (fill_patch, "area"),
+    "texture": (fill_texture, "area"),
+    "blur": (fill_blur, "area"),
+    "rough": (fill_rough, "area"),
+    "hole": (fill_hole, "area"),
+    "thread": (fill_hole, "thread"),
+    "warp": (warp, "move"),
+    "stretch": (stretch, "move"),
+}
 
 
 class Damaged(NamedTuple):
@@ -204,7 +210,7 @@ def damage_once(
 # %% ../nbs/04_corrupt.ipynb #57d98062
 ALIGNED = {"patch": 0.22, "texture": 0.12, "blur": 0.12, "rough": 0.12, "hole": 0.1, "thread": 0.07, "warp": 0.13, "stretch": 0.12}
 
-
+# %% ../nbs/04_corrupt.ipynb #bb56c21c
 @dataclass
 class Corruption:
     "Damages a batch: call it with (B,C,H,W) in [0,1], get `Damaged`."

@@ -32,6 +32,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
+# %% ../nbs/02_data.ipynb #85ceee57
 import numpy as np
 import PIL
 import torch
@@ -50,6 +51,8 @@ def to_uint8(
     as 16 bits when the type or a value says so, or as 32 bits. Negative values become 0.
     Raises `InputError` for NaN and infinity."""
     array = np.asarray(array)
+    if array.dtype.kind not in "biuf" or array.size == 0:
+        raise InputError(f"an array of type {array.dtype} and shape {array.shape} is not an image. Give numbers, (H,W) or (H,W,3).")
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -102,20 +105,21 @@ MAX_PIXELS = 100_000_000  # width times height; larger headers are refused befor
 _open_lock = Lock()  # Python's list of warning filters is shared by all threads
 
 
+@contextlib.contextmanager
 def _open_image(path):
     "Open an image file and check its size from the header; the pixels are not decoded yet."
-    with _open_lock, warnings.catch_warnings(record=True) as warned:  # also silences PIL's limit: our own below speaks instead
-        warnings.simplefilter("always")
-        image = Image.open(path)
-    if image.format == "TIFF" and any("Corrupt EXIF" in str(w.message) for w in warned):
-        raise OSError("its directory is cut short")  # PIL would go on without the missing entries, and read wrong pixels
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{width}×{height} pixels")
-    if min(width, height) < MIN_SIDE:
-        image.close()
-        raise InputError(f"{path}: {width}×{height} pixels, too small. Give an image of at least {MIN_SIDE} pixels a side.")
-    return image
+    with open(path, "rb") as file:  # not by name: PIL would map an uncompressed TIFF into memory, and turn a rotated one wrongly
+        with _open_lock, warnings.catch_warnings(record=True) as warned:  # silences PIL's limit too: our own, below, speaks
+            warnings.simplefilter("always")
+            image = Image.open(file)
+        if image.format == "TIFF" and any("Corrupt EXIF" in str(w.message) for w in warned):
+            raise OSError("its directory is cut short")  # PIL would go on without the missing entries, and read wrong pixels
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{width}×{height} pixels")
+        if min(width, height) < MIN_SIDE:
+            raise InputError(f"{path}: {width}×{height} pixels, too small. Give an image of at least {MIN_SIDE} pixels a side.")
+        yield image
 
 # %% ../nbs/02_data.ipynb #4bd2a5b5
 def _no_file(path):
@@ -504,9 +508,11 @@ def _shrink_mask(mask, size):
 
 
 def _upright_size(path):
-    "Width and height of an image after EXIF rotation, from its header."
+    "Width and height of an image after EXIF rotation, from its header (a rotated TIFF is decoded: PIL turns it by itself)."
     with _open_image(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        if turned and image.format == "TIFF":
+            return _upright(image).size
         return image.size[::-1] if turned else image.size
 
 
@@ -892,6 +898,12 @@ class DataReport:
         return not self.problems
 
 # %% ../nbs/02_data.ipynb #8de24bec
+def _count(things, noun="image"):
+    "1 image, 2 images"
+    n = things if isinstance(things, int) else len(things)
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def _listing(title, lines, most=25):
     "A heading and numbered lines, the first of many only."
     more = [f"  … and {len(lines) - most} more"] if len(lines) > most else []
@@ -905,11 +917,9 @@ def __str__(self: DataReport):
     width = max(map(len, self.counts), default=0)
     masks = {k: f"   {n} with mask" for k, n in self.masks.items()}
     rows = [f"  {k:<{width}}  {n:>6}{masks.get(k, '')}" for k, n in self.counts.items()]
-    n = len(self.problems)
-    title = f"{n} problem{'s' * (n > 1)}:" if n else ""
-    lines = [f"{self.root}: {self.layout}, {sum(self.counts.values())} images{', ' + sizes if sizes else ''}", *rows,
-             *_listing(title, self.problems), *([] if n else ["no problems"]), *_listing("worth knowing:", self.notes)]
-    return "\n".join(lines)
+    title = f"{self.root}: {self.layout}, {_count(sum(self.counts.values()))}{', ' + sizes if sizes else ''}"
+    problems = _listing(f"{_count(self.problems, 'problem')}:", self.problems) or ["no problems"]
+    return "\n".join([title, *rows, *problems, *_listing("worth knowing:", self.notes)])
 
 
 @patch
@@ -951,7 +961,7 @@ def _check_folders(report, sections):
     "Folders that hold nothing, defects in train, too few good parts."
     for name, paths in sections.items():
         if name.startswith("train/") and name != "train/good" and paths:
-            report.problems.append(f"{name}: {len(paths)} images in a folder that is not called good. "
+            report.problems.append(f"{name}: {_count(paths)} in a folder that is not called good. "
                                    "Training takes good parts only: move them to test/.")
         elif not paths:
             report.problems.append(f"{name}: no images.")
@@ -990,7 +1000,7 @@ def _check_duplicates(report, facts):
             report.problems.append(f"{' = '.join(names)}: the same picture under different names of kinds. Keep the right one.")
         elif len(names) > 1:
             copies[places[0]] += len(names) - 1
-    report.notes += [f"{p}: {n} images are copies of others; a split of the normals keeps them together." for p, n in copies.items()]
+    report.notes += [f"{p}: {_count(n)} copied from others; a split keeps copies together." for p, n in copies.items()]
     good = {f.digest for n, f in facts.items() if isinstance(f, _Facts) and not n.startswith("test/")}
     if len(good) < 2 and report.layout != "MVTec layout, no train folder":
         report.problems.append(f"{len(good)} distinct good images: training needs at least 2, one of them to set the threshold.")
@@ -1029,7 +1039,7 @@ def _missing_masks(report, section, paths):
     "Without any mask a kind was not annotated, which is a note; a gap in one that was is a problem."
     kind = section.removeprefix("test/")
     if paths and not (report.root / "ground_truth" / kind).is_dir():
-        report.notes.append(f"{section}: no masks. Its {len(paths)} images count at image level and in no pixel metric.")
+        report.notes.append(f"{section}: no masks. {_count(paths)} that count at image level and in no pixel metric.")
         return []
     return [f"{section}/{p.name}: no mask. Add ground_truth/{kind}/{p.stem}_mask.png." for p in paths]
 

@@ -7,7 +7,6 @@ __all__ = ['RECONSTRUCTION_LOSSES', 'gaussian_mean', 'ssim_map', 'gradient_magni
            'l1_loss', 'ssim_loss', 'msgms_loss', 'ReconstructionLoss', 'focal_loss']
 
 # %% ../nbs/10_losses.ipynb #56367e44
-import math
 from functools import lru_cache
 
 import torch
@@ -100,7 +99,7 @@ def l1_loss(
     "Mean absolute error."
     return F.l1_loss(x_hat.float(), x.float())
 
-
+# %% ../nbs/10_losses.ipynb #1a63c144
 def ssim_loss(
     x_hat: torch.Tensor,  # (B,C,H,W) reconstruction in [0,1]
     x: torch.Tensor,  # (B,C,H,W) target in [0,1]

@@ -104,7 +104,7 @@ def calculate_reconstruction_error(
     x: torch.Tensor,  # (B,C,H,W) in [0,1]
     kind: str = "l2",  # l1: absolute, l2: squared
 ) -> torch.Tensor:
-    "How far each pixel is from its reconstruction, averaged over channels: (B,1,H,W), at least 0. More kinds: `zipper_ad.score.error_map`."
+    "How far each pixel is from its reconstruction, averaged over channels: (B,1,H,W). More kinds: `zipper_ad.score.error_map`."
     if kind not in ("l1", "l2"):
         raise ValueError(f"kind={kind}: l1 and l2 here; ssim and msgms are in zipper_ad.score.error_map")
     difference = (self.reconstruct(x) - x).abs()
@@ -180,5 +180,6 @@ class ConvBlock(nn.Sequential):
     ):
         layers = []
         for k in range(n):
-            layers += [nn.Conv2d(i if k == 0 else o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(slope, inplace=True)]
+            convolution = nn.Conv2d(i if k == 0 else o, o, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(o), nn.LeakyReLU(slope, inplace=True)]
         super().__init__(*layers)
