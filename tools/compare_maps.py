@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from results import refit
-
 from zipper_ad.cli import write_json
 
 CHOICES = ["damage", "l1", "l2", "ssim", "msgms", "damage+ssim", "damage+msgms", "damage+ssim+msgms", "ssim+msgms"]
@@ -24,12 +23,13 @@ def main(run, labelled, out=None):
     rows = {}
     for maps in CHOICES:
         for sigma in (2.0, 4.0):
-            for pool in ("max", "topk"):
+            for pool in ("max",):
                 detector = refit(Path(run), {"map": maps, "sigma": sigma, "pool": pool})
                 metrics, *_ = detector.evaluate(labelled, n_bootstrap=0)
-                row = {"image_auroc": metrics["image"]["auroc"], "pixel_auroc": metrics["pixel"]["auroc"], "aupro": metrics["pixel"]["aupro"]}
-                rows[f"{maps} sigma={sigma:g} pool={pool}"] = {k: round(v, 4) for k, v in row.items()}
-                print(f"{maps:20s} sigma {sigma:g} {pool:5s}", rows[f"{maps} sigma={sigma:g} pool={pool}"], flush=True)
+                name, image, pixel = f"{maps} sigma={sigma:g} pool={pool}", metrics["image"], metrics["pixel"]
+                row = {"image_auroc": image["auroc"], "pixel_auroc": pixel["auroc"], "aupro": pixel["aupro"]}
+                rows[name] = {k: round(v, 4) for k, v in row.items()}
+                print(f"{name:40s}", rows[name], flush=True)
     if out:
         facts = {"made_by": "python tools/compare_maps.py RUN LABELLED", "n": metrics["n"], "data_fingerprint": metrics["data_fingerprint"]}
         write_json(facts | {"rows": rows}, out)

@@ -107,6 +107,11 @@ def _log_to_terminal(arguments):
     logger.propagate = False
 
 # %% ../nbs/50_cli.ipynb #ef7c6d5e
+def _say(error):
+    "One line on the error stream, whatever a file's name holds."
+    print(f"zipper_ad: {error}".replace("\r", "\\r").replace("\n", "\\n"), file=sys.stderr)
+
+
 def main(
     arguments: list[str] | None = None,  # the words after `zipper_ad`; None: those of the shell
 ) -> int:
@@ -121,13 +126,13 @@ def main(
     except InputError as e:
         if arguments.debug:
             raise
-        print(f"zipper_ad: {e}".replace("\n", "\\n"), file=sys.stderr)
+        _say(e)
         return 2
     except OSError as e:
         if arguments.debug:
             raise
-        reason = f"{e.filename2 or e.filename or 'system'}: {e.strerror or e}"
-        print(f"zipper_ad: {reason}. Check the path, its permissions and the free space.", file=sys.stderr)
+        place = e.filename2 or e.filename or "system"
+        _say(f"{place}: {e.strerror or e}. Check the path, its permissions and the free space.")
         return 2
     finally:
         for handler in logger.handlers:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from . import __version__
-from .config import Config, config_from_dict, nearest_name
+from .config import Config, check_config, config_from_dict, nearest_name
 from .core import InputError, atomic_path, pick_device
 from .data import AnomalyDataset, fingerprint, from_pil, list_images, read_image, to_tensor
 from .models import cnn  # noqa: F401  (registers the family)
@@ -372,7 +372,7 @@ def load(
         raise InputError(f"{folder}: weights.safetensors is not the one that detector.json was written with. Restore both, or train again.")
     try:
         return _rebuild(cls, facts, tensors, device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
         if isinstance(e, InputError):
             raise
         reason = " ".join(str(e).split())[:160]
@@ -384,14 +384,25 @@ def _location(tensors, kind) -> dict[str, np.ndarray]:
 
 
 def _rebuild(cls, facts, tensors, device) -> Detector:
-    config = config_from_dict(facts["config"])
+    config = check_config(config_from_dict(facts["config"]))
     model = Restorer(config.model)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     self = cls(model, config, device)
     if config.score.calibrate:
         self.locations = {k: LocationCalibration.from_state(_location(tensors, k)) for k in self.map_kinds}
-    limit = facts["threshold"]
-    self.threshold, self.pixel_threshold = Threshold(**(limit | {"value": float(limit["value"])})), float(facts["pixel_threshold"])
-    self.map_scale, self.data_fingerprint = tuple(facts["map_scale"]), facts["data_fingerprint"]
-    self.calibration_scores = np.array(facts["calibration_scores"], dtype=np.float64)
+    _read_limits(self, facts)
+    self.data_fingerprint = facts["data_fingerprint"]
     return self
+
+# %% ../nbs/32_detector.ipynb #e16b151c
+def _read_limits(self, facts):
+    "Threshold, colour range and calibration scores; ValueError where one is missing or not finite."
+    t, (low, high) = facts["threshold"], map(float, facts["map_scale"])
+    self.threshold = Threshold(
+        float(t["value"]), float(t["target_fpr"]), float(t["promised_fpr"]), int(t["n_calibration"]), str(t["message"])
+    )
+    self.pixel_threshold, self.map_scale = float(facts["pixel_threshold"]), (low, high)
+    self.calibration_scores = np.array(facts["calibration_scores"], dtype=np.float64)
+    numbers = [self.threshold.value, self.threshold.promised_fpr, self.pixel_threshold, low, high, *self.calibration_scores]
+    if not np.isfinite(numbers).all() or len(self.calibration_scores) != self.threshold.n_calibration:
+        raise ValueError("a number in detector.json is missing or not finite")

@@ -135,7 +135,10 @@ def fit_run(
     "Train for `config.train.epochs` or `.minutes`, whichever ends first."
     self.create_opt()
     self.opt.set_hyper("wd", [config.train.weight_decay, 0.0])
-    self.fit(config.train.epochs, lr=config.train.lr)
+    try:
+        self.fit(config.train.epochs, lr=config.train.lr)
+    finally:
+        vars(self.model).pop("forward", None)  # fastai calls no after_fit after an error, see AutocastCallback
 
 # %% ../nbs/20_learner.ipynb #40138682
 @patch

@@ -73,8 +73,8 @@ class LocationCalibration:
 
     def __init__(
         self,
-        sigma: float = 4.0,  # smoothing of mean and variance, in pixels of a map 256 wide
-        floor: float = 0.25,  # the least spread, as a fraction of the root mean square spread of the whole map
+        sigma: float = 12.0,  # smoothing of mean and variance, in pixels of a map 256 wide: how far a place may move
+        floor: float = 0.5,  # the least spread, as a fraction of the root mean square spread of the whole map
     ):
         self.sigma, self.floor = sigma, floor
         self.mean = self.spread = None
