@@ -23,7 +23,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-notebooks test-slow coverage lab notebooks docs readme clean FORCE
+.PHONY: help venv demo test test-notebooks test-slow coverage results lab notebooks docs readme clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-slow: $(STAMP)  ## the cells and tests marked slow
 
 coverage: $(STAMP)  ## how much of zipper_ad the notebooks and the tests run, together
 	$(BIN)/python tools/measure_coverage.py
+
+results: $(STAMP)  ## the measured figures, one file a row under results/; PHOTOGRAPHS=DIR for real ones, ROWS='main-*' for some
+	$(BIN)/python tools/results.py jobs=2 $(if $(PHOTOGRAPHS),photographs=$(PHOTOGRAPHS)) $(ROWS)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 --config=tools/jupyter_config.py --notebook-dir=nbs $(ARGS)

@@ -12,8 +12,10 @@ from zipper_ad.core import InputError
 from zipper_ad.score import (
     ERROR_KINDS,
     LocationCalibration,
+    calibrate,
     conformal_threshold,
     error_map,
+    fuse,
     p_values,
     pool,
     smallest_fpr,
@@ -153,3 +155,40 @@ def test_threshold_and_p_values_agree_with_ties():
 def test_p_values_reject_nan():
     with pytest.raises(InputError, match="not finite"):
         p_values([np.nan], [1.0, 2.0])
+
+
+# ---------------------------------------------------------------- surprise
+def test_calibrated_peaks_follow_gumbels_law():
+    maps = smooth(torch.randn(300, 1, 48, 48, generator=torch.Generator().manual_seed(0)), 12)
+    peaks = calibrate(maps[:200])(maps[200:]).flatten(1).amax(1)
+    assert abs(peaks.mean() - 0.577) < 0.35 and abs(peaks.std() - 1.28) < 0.4
+
+
+def test_calibration_ignores_the_unit_of_a_map():
+    maps = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(0)) ** 3
+    a, b = calibrate(maps)(maps), calibrate(1000 * maps + 7)(1000 * maps + 7)
+    assert torch.allclose(a, b, atol=1e-2)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 8])
+def test_calibration_works_with_few_pictures(n):
+    maps = torch.rand(n, 1, 24, 24, generator=torch.Generator().manual_seed(n))
+    assert torch.isfinite(calibrate(maps)(maps)).all()
+
+
+def test_calibration_of_equal_maps_is_finite():
+    assert torch.isfinite(calibrate(torch.ones(9, 1, 16, 16))(torch.ones(2, 1, 16, 16))).all()
+
+
+def test_a_useless_map_does_little_harm():
+    "One map sees the faults, the other is heavy-tailed noise: the fused score stays close to the better one's."
+    rng = torch.Generator().manual_seed(3)
+    good, noise = torch.randn(600, 1, 16, 16, generator=rng), torch.randn(600, 1, 16, 16, generator=rng).mul(1.5).exp()
+    good[400:, 0, 8, 8] += 6
+
+    def auroc(maps):
+        score = maps.flatten(1).amax(1)
+        return (score[400:, None] > score[None, 200:400]).float().mean().item()
+
+    good, noise = calibrate(good[:200])(good), calibrate(noise[:200])(noise)
+    assert auroc(noise) < 0.6 and auroc(fuse([good, noise])) > auroc(good) - 0.06

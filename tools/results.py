@@ -1,74 +1,189 @@
-"""The measured figures of this project, one JSON a row under results/; rows that exist are skipped.
+"""The measured figures of this project, one JSON a row under results/. Rows that exist are skipped, so it can be stopped and resumed.
 
-    python tools/results.py PHOTOGRAPHS [RUNS=runs/results] [row …]
+    python tools/results.py [photographs=DIR] [runs=runs/results] [jobs=1] [list=true] [PATTERN …]
 
-PHOTOGRAPHS is a folder in MVTec's layout. Each row trains on PHOTOGRAPHS/train/good with the settings it names, measures on
-PHOTOGRAPHS/test, and writes what `zipper_ad evaluate` writes, with the settings, the training's minutes and the machine's
-threads. Rows `*-damage` and `*-ssim` score the same trained network by its damage map alone and by its reconstruction error alone,
-refitted on the same held-out normals; they train nothing.
+PATTERN is a row's name or a pattern such as "main-cnn-*"; without one, all rows are made, in order. Rows on rendered pictures need
+nothing; rows on real ones need photographs=DIR, a folder in MVTec's layout. Each row trains with the settings it names, on one
+processor thread (so that `jobs` rows can run side by side), measures on the test folder, and writes what `zipper_ad evaluate`
+writes, with the settings, the minutes and the same figures for each map alone and for all reconstruction maps without the damage
+map. These score the same network, calibrated on the same held-out normals; they train nothing.
+
+The groups: `main` is the table of families; `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time
+and over the number of training pictures; `damage` leaves one kind of damage out at a time.
 """
 
+import fnmatch
 import os
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from zipper_ad.cli import main as zipper_ad
-from zipper_ad.cli import write_json
-from zipper_ad.config import load_config
-from zipper_ad.detector import Detector
-
-JOINT = {f"real-joint-seed{s}": [f"seed={s}"] for s in (0, 1, 2)}
-OTHERS = {  # at equal length, to compare ways of finding damage
-    "real-joint30-seed0": ["train.epochs=30"],
-    "real-plain30-seed0": ["train.epochs=30", "damage.restore=false", "model.head=none"],
-    "real-none30-seed0": ["train.epochs=30", "model.head=none"],
-    "real-image30-seed0": ["train.epochs=30", "model.head=image"],
-    "real-discrepancy30-seed0": ["train.epochs=30", "model.head=discrepancy"],
-}
-MINUTES = {f"real-joint-{m}min": ["train.epochs=1000", "train.patience=1000", f"train.minutes={m}"] for m in (5, 10, 20)}
-ROWS = JOINT | OTHERS | MINUTES
+FAMILIES = ("cnn", "resnet", "vit", "diffusion")
+SMALL = ["data.size=128", "train.epochs=60"]  # a quarter of the pixels: to compare settings, not to report what can be reached
+ALONE = {"reconstruction": "l2+ssim+msgms"} | {k: k for k in ("damage", "l2", "ssim", "msgms")}
 
 
-def refit(run: Path, overrides: dict) -> Detector:
-    "The run's network with other scoring, calibrated anew on the same held-out normals."
+def rows() -> dict[str, dict]:
+    "Name of each row: its data and its settings."
+    table = {f"main-{f}-{d}-seed0": (d, [f"model={f}"]) for d in ("photographs", "zippers") for f in FAMILIES}
+    table["main-cnn-screws-seed0"] = ("screws", ["model=cnn"])
+    table |= {f"main-{f}-{d}-seed{s}": (d, [f"model={f}", f"seed={s}"])
+              for s in (1, 2) for d in ("photographs", "zippers") for f in FAMILIES}
+    for d in ("zippers", "photographs"):
+        for f in FAMILIES:
+            table |= {f"head-{f}-{h}-{d}": (d, [f"model={f}", f"model.head={h}", *SMALL]) for h in ("none", "discrepancy", "joint")}
+            table[f"head-{f}-plain-{d}"] = (d, [f"model={f}", "model.head=none", "damage.restore=false", *SMALL])
+        table[f"head-image-{d}"] = (d, ["model=cnn", "model.head=image", *SMALL])
+    table |= {f"minutes-cnn-{m}-photographs": ("photographs", ["train.epochs=1000", "train.patience=1000", f"train.minutes={m}"])
+              for m in (2, 5, 10, 20, 30)}
+    for d in ("zippers", "photographs"):
+        table |= {f"images-cnn-{n}-{d}": (f"{d}:{n}", ["model=cnn", *SMALL]) for n in (10, 25, 50, 100, 200)}
+    kinds = ("patch", "seamless", "texture", "blur", "rough", "hole", "thread", "warp", "stretch", "shift")
+    table |= {f"damage-without-{k}-zippers": ("zippers", ["model=cnn", f"damage.kinds.{k}=0", *SMALL]) for k in kinds}
+    return {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
+
+
+def folder_of(data: str, photographs: str | None, runs: Path) -> Path:
+    "The pictures of a row; rendered ones are made when absent. `zippers:25` has only 25 training pictures."
+    from zipper_ad.synth import render_dataset
+
+    data, _, n = data.partition(":")
+    if data == "photographs":
+        if not photographs:
+            raise SystemExit("rows on photographs need photographs=DIR, a folder in MVTec's layout")
+        root = Path(photographs).resolve()
+    else:
+        root = (runs / f"data-{data}").resolve()
+        if not root.exists():
+            render_dataset(root, scene={"zippers": "zipper", "screws": "screw"}[data])
+    return fewer(root, int(n), runs) if n else root
+
+
+def fewer(root: Path, n: int, runs: Path) -> Path:
+    "A folder of links to `root` with its first n training pictures only."
+    part = (runs / f"data-{root.name}-{n}").resolve()
+    if not part.exists():
+        (part / "train/good").mkdir(parents=True)
+        for file in sorted((root / "train/good").iterdir())[:n]:
+            (part / "train/good" / file.name).symlink_to(file)
+        for name in ("test", "ground_truth"):
+            (part / name).symlink_to(root / name)
+    return part
+
+
+def measure(run: Path, data: Path) -> dict:
+    "Figures of a trained run: as `evaluate` gives them, and for each map alone."
+    import numpy as np
+    import torch
+
     from zipper_ad.data import AnomalyDataset
+    from zipper_ad.detector import Detector
     from zipper_ad.learner import reference_indices, split_three
+    from zipper_ad.metrics import evaluate_scores
+    from zipper_ad.score import fuse, pool
 
-    config = load_config(run / "config.yaml")
-    for key, value in overrides.items():
-        setattr(config.score, key, value)
-    dataset = AnomalyDataset(config.data.root, "train", size=config.data.size, channels=config.data.channels)
-    split, old = split_three(dataset, config.data.held_out, config.seed), Detector.load(run)
-    return Detector.fit(old.model, dataset.batch(split.calibration), config, dataset.batch(reference_indices(split)), old.data_fingerprint)
+    detector = Detector.load(run)
+    c, kinds = detector.config, detector.map_kinds
+    normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
+    split = split_three(normal, c.data.held_out, c.seed)
+    refitted = Detector.fit(detector.model, normal.batch(split.calibration), c, normal.batch(reference_indices(split)))
+    metrics, _, test = refitted.evaluate(data)
+    masks = [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
+
+    def surprises(dataset, indices):
+        parts = [[loc(m) for loc, m in zip(refitted.locations.values(), refitted.raw_maps(dataset.batch(i))[1:], strict=True)]
+                 for i in np.array_split(indices, -(-len(indices) // 16))]
+        return dict(zip(kinds, (torch.cat(m) for m in zip(*parts, strict=True)), strict=True))
+
+    held_out, tested = surprises(normal, split.calibration), surprises(test, range(len(test)))
+    alone = {}
+    for name, wanted in ALONE.items():
+        if not all(k in kinds for k in wanted.split("+")):
+            continue
+        good, maps = (fuse([m[k] for k in wanted.split("+")]) for m in (held_out, tested))
+        facts = {}
+        for rate in (0.05, 0.01):
+            refitted.config.score.target_fpr, refitted.threshold = rate, threshold_of(pool(good), rate)
+            figures = evaluate_scores(pool(maps), test.labels, test.kinds, refitted.threshold, maps[:, 0].numpy() if rate == 0.05 else None,
+                                      masks if rate == 0.05 else None, refitted.threshold.value, 1000 if rate == 0.05 else 0)
+            facts |= {f"recall_at_{rate:g}": figures["image"]["recall"], f"promised_at_{rate:g}": figures["threshold"]["promised_fpr"]}
+            if rate == 0.05:
+                pixel = figures["pixel"] or {}
+                facts |= {"image_auroc": figures["image"]["auroc"], "ci": figures["image"]["ci"]["auroc"],
+                          "pixel_auroc": pixel.get("auroc"), "aupro": pixel.get("aupro"),
+                          "per_defect": {k: v["auroc"] for k, v in figures["per_defect"].items()}}
+        alone[name] = facts
+    strict = threshold_of(pool(fuse(list(held_out.values()))), 0.01)
+    scores = pool(fuse(list(tested.values()))).numpy()
+    labels = np.asarray(test.labels, bool)
+    metrics["at_1_percent"] = {"promised_fpr": strict.promised_fpr, "recall": float((scores[labels] > strict.value).mean()),
+                               "observed_fpr": float((scores[~labels] > strict.value).mean())}
+    return metrics | {"maps_alone": alone}
 
 
-def record(name, metrics, settings, minutes):
-    how = {"row": name, "settings": settings, "train_minutes": minutes, "processors": os.cpu_count(), "preset": "cnn quick"}
-    write_json({"made_by": "python tools/results.py PHOTOGRAPHS " + name} | how | metrics, Path("results") / f"{name}.json")
-    pixel = metrics["pixel"]["auroc"]
-    print(f"{name:32s} image AUROC {metrics['image']['auroc']:.3f}  pixel AUROC {pixel:.3f}  {minutes} min", flush=True)
+def threshold_of(scores, rate):
+    "The conformal threshold, without the warning that few pictures promise little: the row says what is promised."
+    import logging
+
+    from zipper_ad.score import conformal_threshold
+
+    logging.getLogger("zipper_ad.score").setLevel(logging.ERROR)
+    return conformal_threshold(scores.numpy(), rate)
 
 
-def do(name, settings, photographs, runs):
-    run = Path(runs) / name
+def make(name: str, row: dict, photographs: str | None, runs: Path):
+    "Train, if that was not done before, measure, and write the row."
+    from zipper_ad.cli import main as zipper_ad
+    from zipper_ad.cli import write_json
+
+    data, run = folder_of(row["data"], photographs, runs), runs / name
+    settings = [*row["settings"], "train.threads=1"]
     if not (run / "detector.json").exists():
         start = time.monotonic()
-        if zipper_ad(["train", f"data={photographs}", f"out={run}", *settings]):
+        if zipper_ad(["train", f"data={data}", f"out={run}", *settings]):
             raise SystemExit(f"{name}: training failed")
         (run / "minutes.txt").write_text(f"{(time.monotonic() - start) / 60:.1f}")
-    minutes = float((run / "minutes.txt").read_text())
-    metrics, *_ = refit(run, {}).evaluate(photographs)  # as training leaves it, with today's scoring
-    record(name, metrics, settings, minutes)
-    for kind in ("damage", "ssim") if "+" in metrics["map"] else ():
-        metrics, *_ = refit(run, {"map": kind}).evaluate(photographs)
-        record(f"{name}-{kind}", metrics, settings, minutes)
+    facts = measure(run, data)
+    how = {"made_by": f"python tools/results.py photographs=DIR {name}", "row": name, "data": row["data"], "settings": settings,
+           "train_minutes_one_thread": float((run / "minutes.txt").read_text()), "epochs": sum(1 for _ in (run / "history.csv").open()) - 1}
+    write_json(how | facts, Path("results") / f"{name}.json")
+
+
+def main(arguments: list[str]):
+    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    patterns = [a for a in arguments if "=" not in a] or ["*"]
+    runs, table = Path(options.get("runs", "runs/results")), rows()
+    names = [n for n in table if any(fnmatch.fnmatch(n, p) for p in patterns) and not (Path("results") / f"{n}.json").exists()]
+    if options.get("list"):
+        print("\n".join(names))
+    elif options.get("one"):
+        make(options["one"], table[options["one"]], options.get("photographs"), runs)
+    else:
+        def start(name):
+            passed = [a for a in arguments if a.startswith(("photographs=", "runs="))]
+            command = [sys.executable, __file__, f"one={name}", *passed]
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            print(summary(name) if not done.returncode else f"{name}: failed\n{done.stderr[-2000:]}", flush=True)
+
+        for data in {table[n]["data"].partition(":")[0] for n in names} - {"photographs"}:
+            folder_of(data, None, runs)  # before several jobs want it
+        with ThreadPoolExecutor(int(options.get("jobs", 1))) as pool:
+            list(pool.map(start, names))
+
+
+def summary(name: str) -> str:
+    "One line for a finished row."
+    import json
+
+    row = json.loads((Path("results") / f"{name}.json").read_text())
+    alone = row["maps_alone"].get("reconstruction", {}).get("image_auroc")
+    pixel = row["pixel"] or {}
+    figures = {"image": row["image"]["auroc"], "pixel": pixel.get("auroc"), "PRO": pixel.get("aupro"), "reconstruction alone": alone}
+    told = "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if v is not None)
+    return f"{name:34s} {told}  {row['train_minutes_one_thread']:.1f} min, {row['epochs']} epochs"
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    photographs, rest = arguments[0], arguments[1:]
-    runs = rest.pop(0) if rest and rest[0] not in ROWS else "runs/results"
-    for name in rest or ROWS:
-        if not (Path("results") / f"{name}.json").exists():
-            do(name, ROWS[name], photographs, runs)
+    main(sys.argv[1:])

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'MODEL_CONFIGS', 'PRESETS', 'RANGES', 'CHOICES', 'DataConfig', 'AutoencoderConfig', 'CNNConfig',
-           'DamageConfig', 'LossConfig', 'TrainConfig', 'ScoreConfig', 'Config', 'check_config', 'nearest_name',
-           'parse_overrides', 'make_config', 'save_config', 'config_from_dict', 'load_config']
+           'ResNetConfig', 'ViTConfig', 'DiffusionConfig', 'DamageConfig', 'LossConfig', 'TrainConfig', 'ScoreConfig',
+           'Config', 'check_config', 'nearest_name', 'parse_overrides', 'make_config', 'save_config',
+           'config_from_dict', 'load_config']
 
 # %% ../nbs/01_config.ipynb #a760ea03
 import copy
@@ -63,8 +64,61 @@ class CNNConfig(AutoencoderConfig):
     skip: str = "concat"  # how a level of the encoder reaches the decoder: concat, add, none
     fold: int = 1  # side of the squares of pixels folded into channels before the first level; 1 folds nothing
 
+# %% ../nbs/01_config.ipynb #067dc2ab
+@dataclass
+class ResNetConfig(AutoencoderConfig):
+    "The residual autoencoder. Defaults are its full specification."
 
-MODEL_CONFIGS = {"cnn": CNNConfig}
+    name: str = "resnet"
+    depth: int = 18  # layers of the encoder: 10, 18 or 34
+    width: int = 64  # channels of the first level; each further level has twice as many
+    latent: int = 1024  # channels of the code at the bottom
+    dropout: float = 0.0  # share of the code's channels dropped in training
+    skip: str = "concat"  # how a level of the encoder reaches the decoder: concat, add, none
+    fold: int = 1  # side of the squares of pixels folded into channels before the first level; 1 folds nothing
+    weights: str = ""  # file of a torchvision ResNet's weights to start the encoder from; "": random
+
+# %% ../nbs/01_config.ipynb #07e7702d
+@dataclass
+class ViTConfig(AutoencoderConfig):
+    "The vision transformer autoencoder. Defaults are its full specification."
+
+    name: str = "vit"
+    patch: int = 16  # side of the squares of pixels that become tokens
+    width: int = 768  # numbers a token
+    heads: int = 8  # of attention
+    blocks: int = 8  # of the encoder
+    decoder: str = "transformer"  # transformer or cnn
+    decoder_width: int = 512  # numbers a token in the transformer decoder; channels at the bottom of the CNN decoder
+    decoder_blocks: int = 4  # of the transformer decoder
+    stem: str = "linear"  # how a patch becomes a token: linear, or conv (a few convolutions)
+    skip: str = "none"  # how the convolutional stem's features reach the CNN decoder: concat, add, none
+    dropout: float = 0.0  # in attention and MLP
+    hide: float = 0.3  # largest share of the patches that training hides; half of the pictures keep all
+    passes: int = 1  # complementary masks at inference, each hiding 1/passes of the patches; 1 hides nothing
+
+# %% ../nbs/01_config.ipynb #ffac2b1d
+@dataclass
+class DiffusionConfig(AutoencoderConfig):
+    "The diffusion autoencoder. Defaults are its full specification."
+
+    name: str = "diffusion"
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # channels of each level, top to bottom
+    convolutions: int = 2  # residual blocks a level
+    dropout: float = 0.1  # inside the residual blocks
+    attention: bool = True  # self-attention at the bottom
+    fold: int = 1  # side of the squares of pixels folded into channels before the first level; 1 folds nothing
+    steps: int = 1000  # of the noise schedule, 50 to 1000
+    schedule: str = "linear"  # linear or cosine
+    noise: str = "white"  # white or perlin
+    condition: bool = False  # also show the network the input itself, beside the noised one
+    start: float = 0.3  # share of the schedule that an input is noised to before it is restored
+    passes: int = 10  # of the network for one picture: 1 is one-step and fast, more is slower and finer
+    sampler: str = "ddim"  # ddim or ddpm
+    guidance: float = 1.0  # pull towards the noised input while denoising; 0: none
+
+
+MODEL_CONFIGS = {"cnn": CNNConfig, "resnet": ResNetConfig, "vit": ViTConfig, "diffusion": DiffusionConfig}
 
 # %% ../nbs/01_config.ipynb #493191cd
 @dataclass
@@ -74,7 +128,10 @@ class DamageConfig:
     restore: bool = True  # train to restore; false trains a plain autoencoder on undamaged images
     whole: float = 0.15  # share of training images left undamaged
     again: float = 0.35  # chance that a damaged image is damaged a second time
-    kinds: dict[str, float] | None = None  # weight of each kind of damage; None: the mixture for aligned objects
+    preset: str = "aligned"  # the mixture of kinds: aligned, for parts that always lie the same way, or textures
+    kinds: dict[str, float] | None = None  # weight of each kind of damage, instead of the preset's
+    strength: list[float] = field(default_factory=lambda: [0.3, 1.0])  # least and most that a filling covers the picture
+    ramp: float = 0.0  # share of the training in which the least strength comes down from the most; 0: at once
 
 
 @dataclass
@@ -86,6 +143,9 @@ class LossConfig:
     ssim: float = 1.0
     msgms: float = 1.0
     focal: float = 5.0  # of the damage map
+    perceptual: float = 0.0  # difference of VGG's features; needs `perceptual_weights`, or a download by torchvision
+    perceptual_weights: str = ""  # file of torchvision's VGG16 weights; "": torchvision's own cache or download
+    adversarial: float = 0.0  # of a patch discriminator that is trained beside the autoencoder
 
 # %% ../nbs/01_config.ipynb #062e6116
 @dataclass
@@ -99,6 +159,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     warmup: float = 0.05  # share of the training that the learning rate rises in; afterwards it falls as a cosine
     clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.0  # decay of the running mean of the weights that is kept as the result, for example 0.99; 0: none
     patience: int = 20  # validations without improvement before training stops
     precision: str = "auto"  # fp32, bf16 or fp16 (fp16 on a GPU); auto: bf16 where the processor has it
     device: str = "auto"  # cpu, cuda, …; auto: the best there is
@@ -133,10 +194,29 @@ class Config:
 
 PRESETS = {
     ("cnn", "quick"): {
-        "model": {"widths": [32, 64, 128, 128], "latent": 128, "dropout": 0.0, "skip": "add", "fold": 2},
-        "train": {"epochs": 60, "minutes": 25.0},
+        "model": {"widths": [32, 64, 128, 128], "latent": 128, "convolutions": 1, "dropout": 0.0, "skip": "add", "fold": 2},
+        "train": {"epochs": 60, "minutes": 20.0},
     },
     ("cnn", "spec"): {"train": {"epochs": 150, "bs": 32, "lr": 1e-3, "minutes": 0.0}},
+    ("resnet", "quick"): {
+        "model": {"depth": 10, "width": 32, "latent": 256, "skip": "add", "fold": 2},
+        "train": {"epochs": 40, "minutes": 30.0},
+    },
+    ("resnet", "spec"): {"train": {"epochs": 150, "bs": 32, "lr": 1e-3, "minutes": 0.0}},
+    ("vit", "quick"): {
+        "model": {
+            "patch": 16, "width": 192, "heads": 4, "blocks": 4, "stem": "conv", "decoder": "cnn", "decoder_width": 256, "skip": "add",
+        },
+        "train": {"epochs": 40, "minutes": 40.0},
+    },
+    ("vit", "spec"): {"train": {"epochs": 200, "bs": 32, "lr": 5e-4, "weight_decay": 0.05, "minutes": 0.0}},
+    ("diffusion", "quick"): {
+        "model": {
+            "widths": [32, 64, 128, 128], "convolutions": 1, "dropout": 0.0, "attention": False, "fold": 2, "condition": True, "passes": 1,
+        },
+        "train": {"epochs": 40, "minutes": 60.0, "ema": 0.99},
+    },
+    ("diffusion", "spec"): {"train": {"epochs": 200, "bs": 32, "lr": 2e-4, "minutes": 0.0, "ema": 0.999}},
 }
 
 # %% ../nbs/01_config.ipynb #0ee70a29
@@ -148,10 +228,16 @@ RANGES = {  # setting: (least, most)
     "loss.msgms": (0, 1e6), "loss.focal": (0, 1e6), "train.epochs": (1, 10**6), "train.minutes": (0, 10**6), "train.bs": (1, 4096),
     "train.lr": (1e-12, 10), "train.weight_decay": (0, 10), "train.warmup": (0, 0.9), "train.clip": (1e-6, 1e6),
     "train.patience": (1, 10**6), "train.threads": (0, 4096), "score.sigma": (0, 128), "score.topk": (1, 10**7),
-    "score.target_fpr": (1e-6, 0.999),
+    "score.target_fpr": (1e-6, 0.999), "model.width": (8, 65536), "model.heads": (1, 1024), "model.blocks": (1, 1000),
+    "model.patch": (2, 256), "model.decoder_width": (8, 65536), "model.decoder_blocks": (1, 1000), "model.hide": (0, 0.95),
+    "model.passes": (1, 1000), "model.steps": (50, 1000), "model.start": (0.001, 1), "model.guidance": (0, 100), "train.ema": (0, 0.999999),
+    "damage.ramp": (0, 1), "loss.perceptual": (0, 1e6), "loss.adversarial": (0, 1e6),
 }
 CHOICES = {
-    "model.head": HEADS, "model.skip": ("concat", "add", "none"), "data.channels": (1, 3), "data.cache": ("auto", "memory", "disk", "off"),
+    "model.head": HEADS, "model.skip": ("concat", "add", "none"), "model.depth": (10, 18, 34),
+    "model.stem": ("linear", "conv"), "model.decoder": ("transformer", "cnn"), "model.schedule": ("linear", "cosine"),
+    "model.noise": ("white", "perlin"), "model.sampler": ("ddim", "ddpm"), "damage.preset": ("aligned", "textures"),
+    "data.channels": (1, 3), "data.cache": ("auto", "memory", "disk", "off"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"), "score.pool": ("max", "topk", "mean"),
 }
 
@@ -182,6 +268,9 @@ def _check_lists(config: Config) -> Config:
         widths = _value(config, name)
         if widths is not None and (len(widths) < 2 or min(widths) < 1):
             raise InputError(f"{name}={widths}: two or more levels of at least one channel each, for example [32,64,128].")
+    low_high = config.damage.strength
+    if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
+        raise InputError(f"damage.strength={low_high}: two numbers from 0 to 1, the smaller first, for example [0.3,1].")
     weights = config.damage.kinds
     if weights is not None and (min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0):
         raise InputError("damage.kinds: weights must be 0 or more, and one of them positive.")

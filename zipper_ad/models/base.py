@@ -9,6 +9,7 @@ __all__ = ['MODELS', 'Latent', 'Restored', 'BaseAutoencoder', 'pad_to_multiple',
 # %% ../../nbs/11_models.base.ipynb #322e1049
 import dataclasses
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Restored(NamedTuple):
 
     image: torch.Tensor  # (B,C,H,W) in [0,1]
     logit: torch.Tensor | None = None  # (B,1,H,W) damage logit; None without a damage map
+    weight: torch.Tensor | None = None  # (B,1,1,1) weight of each picture's squared error in training; None: 1
 
 # %% ../../nbs/11_models.base.ipynb #d2f67598
 class BaseAutoencoder(nn.Module):
@@ -130,8 +132,10 @@ def create_model(
     config: AutoencoderConfig,  # settings of a registered family
 ) -> BaseAutoencoder:
     "A new model with these settings and random weights. Raises `InputError` for an unknown family."
+    if config.name not in MODELS and config.name in MODEL_CONFIGS:
+        import_module(f"zipper_ad.models.{config.name}")  # registers it
     if config.name not in MODELS:
-        raise InputError(f"model={config.name}: no such family. Choose from: {', '.join(MODELS)}.")
+        raise InputError(f"model={config.name}: no such family. Choose from: {', '.join(MODEL_CONFIGS)}.")
     return MODELS[config.name](config)
 
 # %% ../../nbs/11_models.base.ipynb #c53e948e

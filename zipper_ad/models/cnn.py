@@ -90,7 +90,7 @@ class CNNAutoencoder(BaseAutoencoder):
         c, folded = config, config.fold**2
         self.multiple = config.fold * 2 ** (len(c.widths) - 1)
         self.encoder = Encoder(c.channels * folded, c.widths, c.convolutions)
-        self.code = nn.Sequential(nn.Conv2d(c.widths[-1], c.latent, 1), nn.LeakyReLU(0.1), nn.Dropout2d(c.dropout))
+        self.bottleneck = nn.Sequential(nn.Conv2d(c.widths[-1], c.latent, 1), nn.LeakyReLU(0.1), nn.Dropout2d(c.dropout))
         self.decoder = Decoder(c.latent, c.widths, self.outputs * folded, c.convolutions, c.skip)
 
     def to_unit(self, raw):
@@ -99,7 +99,7 @@ class CNNAutoencoder(BaseAutoencoder):
     def encode(self, x):
         folded = F.pixel_unshuffle(pad_to_multiple(x, self.multiple) * 2 - 1, self.config.fold)
         *skips, bottom = self.encoder(folded)
-        return Latent(self.code(bottom), tuple(skips) if self.config.skip != "none" else (), x.shape[-2:])
+        return Latent(self.bottleneck(bottom), tuple(skips) if self.config.skip != "none" else (), x.shape[-2:])
 
     def decode_outputs(self, z):
         return F.pixel_shuffle(self.decoder(z.code, list(z.skips)), self.config.fold)

@@ -61,4 +61,4 @@ class Restorer(nn.Module):
         if self.head is None:
             return restored
         seen = x if self.autoencoder is None else differences(x, restored.image)
-        return Restored(restored.image, self.head(seen))
+        return Restored(restored.image, self.head(seen), restored.weight)
