@@ -1,12 +1,13 @@
 """The measured figures of this project, one JSON a row under results/. Rows that exist are skipped, so it can be stopped and resumed.
 
     python tools/results.py [photographs=DIR] [runs=runs/results] [jobs=1] [list=true] [PATTERN …]
+    python tools/results.py measure=RUN data=DIR out=FILE
 
 PATTERN is a row's name or a pattern such as "main-cnn-*"; without one, all rows are made, in order. Rows on rendered pictures need
 nothing; rows on real ones need photographs=DIR, a folder in MVTec's layout. Each row trains with the settings it names, on one
 processor thread (so that `jobs` rows can run side by side), measures on the test folder, and writes what `zipper_ad evaluate`
 writes, with the settings, the minutes and the same figures for each map alone and for all reconstruction maps without the damage
-map. These score the same network, calibrated on the same held-out normals; they train nothing.
+map. These score the same network, calibrated on the same held-out normals; they train nothing. `measure` does the same for any run.
 
 The groups: `main` is the table of families; `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time
 and over the number of training pictures; `damage` leaves one kind of damage out at a time.
@@ -19,6 +20,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from zipper_ad.corrupt import ALIGNED
 
 FAMILIES = ("cnn", "resnet", "vit", "diffusion")
 SMALL = ["data.size=128", "train.epochs=60"]  # a quarter of the pixels: to compare settings, not to report what can be reached
@@ -40,8 +43,9 @@ def rows() -> dict[str, dict]:
               for m in (2, 5, 10, 20, 30)}
     for d in ("zippers", "photographs"):
         table |= {f"images-cnn-{n}-{d}": (f"{d}:{n}", ["model=cnn", *SMALL]) for n in (10, 25, 50, 100, 200)}
-    kinds = ("patch", "seamless", "texture", "blur", "rough", "hole", "thread", "warp", "stretch", "shift")
-    table |= {f"damage-without-{k}-zippers": ("zippers", ["model=cnn", f"damage.kinds.{k}=0", *SMALL]) for k in kinds}
+    for kind in ALIGNED:
+        others = "{" + ", ".join(f"{k}: {w}" for k, w in ALIGNED.items() if k != kind) + "}"
+        table[f"damage-without-{kind}-zippers"] = ("zippers", ["model=cnn", f"damage.kinds={others}", *SMALL])
     return {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
 
 
@@ -77,6 +81,7 @@ def measure(run: Path, data: Path) -> dict:
     "Figures of a trained run: as `evaluate` gives them, and for each map alone."
     import numpy as np
     import torch
+    from sklearn.metrics import roc_auc_score
 
     from zipper_ad.data import AnomalyDataset
     from zipper_ad.detector import Detector
@@ -120,6 +125,8 @@ def measure(run: Path, data: Path) -> dict:
     labels = np.asarray(test.labels, bool)
     metrics["at_1_percent"] = {"promised_fpr": strict.promised_fpr, "recall": float((scores[labels] > strict.value).mean()),
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
+    mean = torch.stack(list(tested.values())).mean(0)
+    alone["mean of all"] = {"image_auroc": float(roc_auc_score(labels, pool(mean).numpy()))}
     return metrics | {"maps_alone": alone}
 
 
@@ -156,7 +163,12 @@ def main(arguments: list[str]):
     patterns = [a for a in arguments if "=" not in a] or ["*"]
     runs, table = Path(options.get("runs", "runs/results")), rows()
     names = [n for n in table if any(fnmatch.fnmatch(n, p) for p in patterns) and not (Path("results") / f"{n}.json").exists()]
-    if options.get("list"):
+    if options.get("measure"):
+        from zipper_ad.cli import write_json
+
+        made_by = {"made_by": "python tools/results.py " + " ".join(arguments)}
+        write_json(made_by | measure(Path(options["measure"]), Path(options["data"])), options["out"])
+    elif options.get("list"):
         print("\n".join(names))
     elif options.get("one"):
         make(options["one"], table[options["one"]], options.get("photographs"), runs)

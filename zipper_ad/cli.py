@@ -363,7 +363,7 @@ def predict(pairs):
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"
-DEMO_EPOCHS = 50  # about three minutes on two processor cores
+DEMO_EPOCHS = 32  # a little over three minutes on two processor cores
 
 # %% ../nbs/50_cli.ipynb #0fa9236c
 @command("demo")

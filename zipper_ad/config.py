@@ -194,8 +194,8 @@ class Config:
 
 PRESETS = {
     ("cnn", "quick"): {
-        "model": {"widths": [32, 64, 128, 128], "latent": 128, "convolutions": 1, "dropout": 0.0, "skip": "add", "fold": 2},
-        "train": {"epochs": 60, "minutes": 20.0},
+        "model": {"widths": [32, 64, 128, 128], "latent": 128, "dropout": 0.0, "skip": "add", "fold": 2},
+        "train": {"epochs": 60, "minutes": 25.0},
     },
     ("cnn", "spec"): {"train": {"epochs": 150, "bs": 32, "lr": 1e-3, "minutes": 0.0}},
     ("resnet", "quick"): {

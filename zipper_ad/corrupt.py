@@ -65,7 +65,29 @@ def _box_mean(x: torch.Tensor, window: int) -> torch.Tensor:
             x += padded.narrow(dim, i, size)
     return x / window**2
 
-# %% ../nbs/04_corrupt.ipynb #57958306
+# %% ../nbs/04_corrupt.ipynb #97e789df
+def _edge_place(x: torch.Tensor, generator=None, tries: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    "Row and column (B,1), in fractions: of a few random pixels, the one where the picture changes most."
+    n, (h, w) = len(x), x.shape[-2:]
+    step, grey = max(1, round(min(h, w) / 64)), x.mean(1).flatten(1)
+    r = torch.randint(0, h, (n, tries), generator=generator, device=x.device)
+    c = torch.randint(0, w, (n, tries), generator=generator, device=x.device)
+
+    def at(dr, dc):
+        return grey.gather(1, (r + dr).clamp(0, h - 1) * w + (c + dc).clamp(0, w - 1))
+
+    change = (at(step, 0) - at(-step, 0)).abs() + (at(0, step) - at(0, -step)).abs()
+    best = change.argmax(1, keepdim=True)
+    return (r.gather(1, best) + 0.5) / h, (c.gather(1, best) + 0.5) / w
+
+# %% ../nbs/04_corrupt.ipynb #c14c70b3
+def _damage_place(x: torch.Tensor, generator=None) -> list[torch.Tensor]:
+    "Row and column (B,1,1,1) of the middle of a damage: anywhere, or in every second picture where there is something to damage."
+    row, column = _edge_place(x, generator, tries=6)
+    anywhere = _uniform(len(x), 0, 1, x, generator) < 0.5
+    return [torch.where(anywhere, _uniform(len(x), 0, 1, x, generator), place.view(-1, 1, 1, 1)) for place in (row, column)]
+
+# %% ../nbs/04_corrupt.ipynb #d4266c5d
 def blob_mask(
     x: torch.Tensor,  # (B,C,H,W): gives the number of masks, their size and device
     radius: tuple[float, float] = (0.02, 0.15),  # half axes, as fractions of the picture; drawn log-uniformly
@@ -75,7 +97,8 @@ def blob_mask(
     n, (row, column) = len(x), _coordinates(x)
     angle = _uniform(n, 0, math.pi, x, generator)
     a, b = (_log_uniform(n, radius, x, generator) for _ in range(2))
-    dr, dc = row - _uniform(n, 0, 1, x, generator), column - _uniform(n, 0, 1, x, generator)
+    centre_row, centre_column = _damage_place(x, generator)
+    dr, dc = row - centre_row, column - centre_column
     u, v = (dr * angle.cos() + dc * angle.sin()) / a, (dc * angle.cos() - dr * angle.sin()) / b
     distance = (u * u + v * v).sqrt() + 0.25 * smooth_noise(x, (16, 16), generator)
     edge = (_log_uniform(n, (1 / 256, 4 / 256), x, generator) * x.shape[-1]).clamp(min=1)
@@ -119,21 +142,6 @@ def _line(x, rows, columns, width):
     gaps = torch.cat([gaps, gaps[:, -1:]], 1)
     peak = gaps / (math.sqrt(2 * math.pi) * width.clamp(min=0.5))
     return (1.3 * _spots(x, rows, columns, width, peak)).clamp(max=1)
-
-# %% ../nbs/04_corrupt.ipynb #97e789df
-def _edge_place(x: torch.Tensor, generator=None, tries: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    "Row and column (B,1), in fractions: of a few random pixels, the one where the picture changes most."
-    n, (h, w) = len(x), x.shape[-2:]
-    step, grey = max(1, round(min(h, w) / 64)), x.mean(1).flatten(1)
-    r = torch.randint(0, h, (n, tries), generator=generator, device=x.device)
-    c = torch.randint(0, w, (n, tries), generator=generator, device=x.device)
-
-    def at(dr, dc):
-        return grey.gather(1, (r + dr).clamp(0, h - 1) * w + (c + dc).clamp(0, w - 1))
-
-    change = (at(step, 0) - at(-step, 0)).abs() + (at(0, step) - at(0, -step)).abs()
-    best = change.argmax(1, keepdim=True)
-    return (r.gather(1, best) + 0.5) / h, (c.gather(1, best) + 0.5) / w
 
 # %% ../nbs/04_corrupt.ipynb #dc70863c
 def thread_mask(
@@ -246,8 +254,8 @@ def piece_mask(
     n, (row, column) = len(x), _coordinates(x)
     gamma = -0.05 * (1 - torch.rand(2, 2, n, 1, 1, 1, generator=generator, device=x.device)).log().sum(0)  # two exponentials: shape 2
     a, b = (0.03 + gamma[0]).clamp(max=most[0]), (0.03 + gamma[1]).clamp(max=most[1])
-    u = (row - _uniform(n, 0, 1, x, generator)).abs() / a
-    v = (column - _uniform(n, 0, 1, x, generator)).abs() / b
+    centre_row, centre_column = _damage_place(x, generator)
+    u, v = (row - centre_row).abs() / a, (column - centre_column).abs() / b
     ellipse = (u * u + v * v).sqrt() + 0.2 * smooth_noise(x, (12, 12), generator)
     distance = torch.where(_uniform(n, 0, 1, x, generator) < 0.5, torch.maximum(u, v), ellipse)
     pixels = torch.minimum(a * x.shape[-2], b * x.shape[-1])
@@ -408,8 +416,8 @@ def damage_once(
 
 # %% ../nbs/04_corrupt.ipynb #57d98062
 ALIGNED = {
-    "seamless": 0.2, "patch": 0.12, "texture": 0.1, "blur": 0.1, "rough": 0.1, "hole": 0.08, "thread": 0.08,
-    "warp": 0.08, "stretch": 0.07, "shift": 0.07,
+    "patch": 0.2, "seamless": 0.06, "texture": 0.12, "blur": 0.12, "rough": 0.12, "hole": 0.1, "thread": 0.07,
+    "warp": 0.11, "stretch": 0.08, "shift": 0.02,
 }
 TEXTURES = {"texture": 0.25, "rough": 0.2, "hole": 0.17, "thread": 0.15, "blur": 0.15, "patch": 0.08}
 MIXTURES = {"aligned": ALIGNED, "textures": TEXTURES}  # weights of the kinds

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GENERATE', 'alpha_bar', 'add_noise', 'draw_noise', 'fixed_noise', 'sinusoidal', 'Norm', 'ResidualBlock',
            'SelfAttention', 'Level', 'UNet', 'clean_estimate', 'reverse_step', 'reverse_times', 'guide',
-           'DiffusionAutoencoder', 'training_picture', 'draw_times']
+           'DiffusionAutoencoder', 'snr_weight', 'draw_times']
 
-# %% ../../nbs/15_models.diffusion.ipynb #885509dc
+# %% ../../nbs/15_models.diffusion.ipynb #9f7da294
 import math
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ from ..config import DiffusionConfig
 from ..corrupt import smooth_noise
 from .base import BaseAutoencoder, Latent, Restored, pad_to_multiple, register
 
-# %% ../../nbs/15_models.diffusion.ipynb #ff294672
+# %% ../../nbs/15_models.diffusion.ipynb #43ecd158
 def alpha_bar(
     schedule: str = "linear",  # linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021, eq. 17)
     steps: int = 1000,  # from the picture to noise; at least 50
@@ -35,7 +35,7 @@ def alpha_bar(
         beta = (1 - (angle[1:].cos() / angle[:-1].cos()) ** 2).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
 
-# %% ../../nbs/15_models.diffusion.ipynb #a4fafea2
+# %% ../../nbs/15_models.diffusion.ipynb #33cd5ea5
 def add_noise(
     x: torch.Tensor,  # (B,C,H,W) in [-1,1]
     noise: torch.Tensor,  # (B,C,H,W), or one field for all (1,C,H,W), of unit variance
@@ -44,7 +44,7 @@ def add_noise(
     "The picture noised to this share: (B,C,H,W). Ho et al. 2020, eq. 4."
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
-# %% ../../nbs/15_models.diffusion.ipynb #36307ec4
+# %% ../../nbs/15_models.diffusion.ipynb #37fa026b
 def draw_noise(
     x: torch.Tensor,  # (B,C,H,W): gives shape and device
     kind: str = "white",  # white, or perlin: smooth noise in six octaves
@@ -62,7 +62,7 @@ def draw_noise(
     total = total - total.mean((2, 3), keepdim=True)
     return (total / total.std((2, 3), keepdim=True, correction=0)).view_as(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #75017a9d
+# %% ../../nbs/15_models.diffusion.ipynb #76076a31
 @lru_cache(maxsize=64)
 def fixed_noise(
     kind: str,  # white or perlin
@@ -75,7 +75,7 @@ def fixed_noise(
         generator = torch.Generator().manual_seed(977 + index)
         return draw_noise(torch.empty(1, *shape, device="cpu"), kind, generator).to(device)
 
-# %% ../../nbs/15_models.diffusion.ipynb #37300817
+# %% ../../nbs/15_models.diffusion.ipynb #f722de55
 def sinusoidal(
     t: torch.Tensor,  # (B,) steps, as if there were 1000
     dim: int,  # numbers for each step; even
@@ -85,7 +85,7 @@ def sinusoidal(
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../../nbs/15_models.diffusion.ipynb #6a149449
+# %% ../../nbs/15_models.diffusion.ipynb #88820a04
 class Norm(nn.GroupNorm):
     "Group norm in float32 with eight groups, or the most that divide both: (B,c,H,W) to the same, in its dtype. Wu & He 2018."
 
@@ -120,7 +120,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.step(e)[:, :, None, None]
         return self.conv2(self.dropout(F.silu(self.norm2(h)))) + self.short_cut(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #f7ecf54f
+# %% ../../nbs/15_models.diffusion.ipynb #9548c4e2
 class SelfAttention(nn.Module):
     "Every place asks every other, and adds what it is told: (B,c,H,W) to the same. Vaswani et al. 2017; Ho et al. 2020, appendix B."
 
@@ -137,7 +137,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).mT.unbind(1)
         return x + self.out(F.scaled_dot_product_attention(q, k, v).mT.reshape(b, c, h, w))
 
-# %% ../../nbs/15_models.diffusion.ipynb #edbe7be4
+# %% ../../nbs/15_models.diffusion.ipynb #91c040c7
 class Level(nn.ModuleList):
     "n residual blocks, one after the other: (B,i,H,W) and (B,e) to (B,o,H,W)."
 
@@ -156,7 +156,7 @@ class Level(nn.ModuleList):
             x = block(x, e)
         return x
 
-# %% ../../nbs/15_models.diffusion.ipynb #06c409bf
+# %% ../../nbs/15_models.diffusion.ipynb #ebfa8849
 class UNet(nn.Module):
     "(B,i,H,W) and a step (B,) to (B,o,H,W), linear. H and W must be divisible by 2^(levels-1). Ho et al. 2020, appendix B."
 
@@ -190,7 +190,7 @@ class UNet(nn.Module):
             x = level(F.interpolate(narrow(x), scale_factor=2) + skips.pop(), e)
         return self.out(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #73e9918d
+# %% ../../nbs/15_models.diffusion.ipynb #2fc753b5
 def clean_estimate(
     x_t: torch.Tensor,  # (B,C,H,W), noised
     eps: torch.Tensor,  # (B,C,H,W), the noise in it
@@ -212,7 +212,7 @@ def reverse_step(
     x = abar_s.sqrt() * x0 + (1 - abar_s - variance).clamp(min=0).sqrt() * eps
     return x if fresh is None else x + variance.sqrt() * fresh
 
-# %% ../../nbs/15_models.diffusion.ipynb #a8e3d128
+# %% ../../nbs/15_models.diffusion.ipynb #d96736d9
 def reverse_times(
     start: int,  # the step to begin at, at least 1
     passes: int,  # evaluations of the network
@@ -220,7 +220,7 @@ def reverse_times(
     "The steps at which the network looks, evenly from `start` towards 1: at most `passes`, fewer where there are no more."
     return sorted({max(1, round(start * k / passes)) for k in range(1, passes + 1)}, reverse=True)
 
-# %% ../../nbs/15_models.diffusion.ipynb #dc3f8fec
+# %% ../../nbs/15_models.diffusion.ipynb #d7876cd4
 def guide(
     eps: torch.Tensor,  # (B,C,H,W), the network's noise
     x_t: torch.Tensor,  # (B,C,H,W), what it saw
@@ -231,7 +231,7 @@ def guide(
     "The noise corrected towards the input: (B,C,H,W). Mousakhan et al. (DDAD) 2023."
     return eps - w * (1 - abar).sqrt() * (add_noise(y, eps, abar) - x_t)
 
-# %% ../../nbs/15_models.diffusion.ipynb #215f76e7
+# %% ../../nbs/15_models.diffusion.ipynb #62c54c39
 @register("diffusion")
 class DiffusionAutoencoder(BaseAutoencoder):
     "Noise to `start`, then denoise in `passes`: a U-Net that predicts noise. Ho et al. 2020; Wyatt et al. 2022 for partial noising."
@@ -240,10 +240,14 @@ class DiffusionAutoencoder(BaseAutoencoder):
         super().__init__(config)
         c, folded = config, config.fold**2
         self.multiple = c.fold * 2 ** (len(c.widths) - 1)
-        seen = c.channels * (2 if c.condition else 1)
-        self.unet = UNet(seen * folded, self.outputs * folded, c.widths, c.convolutions, c.dropout, c.attention)
+        self.unet = UNet(c.channels * folded * (1 + c.condition), self.outputs * folded, c.widths, c.convolutions, c.dropout, c.attention)
+        if c.condition:
+            nn.init.zeros_(self.unet.stem.weight[:, : c.channels * folded].detach())  # of x_t
         self.register_buffer("abar", alpha_bar(c.schedule, c.steps), persistent=False)
-        self.start = max(1, round(c.start * c.steps))
+
+    @property
+    def start(self) -> int:
+        return max(1, round(self.config.start * self.config.steps))
 
     def to_unit(self, raw):
         return ((raw + 1) / 2).clamp(0, 1)
@@ -257,7 +261,7 @@ class DiffusionAutoencoder(BaseAutoencoder):
     def decode_outputs(self, z):
         return self.denoise(z.code, self.start, self.config.passes, z.skips[0] if z.skips else None)
 
-# %% ../../nbs/15_models.diffusion.ipynb #5ca91143
+# %% ../../nbs/15_models.diffusion.ipynb #085ee6d9
 @patch
 def predict(
     self: DiffusionAutoencoder,
@@ -265,15 +269,18 @@ def predict(
     t: torch.Tensor,  # (B,) steps, from 1 to `steps`
     y: torch.Tensor | None = None,  # (B,C,H,W) in [-1,1], the input, for `condition`; None hides it: mid-grey
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "The noise in x_t, (B,C,H,W), and the damage logit, (B,1,H,W), or (B,0,H,W) where there is none; float32."
-    c = self.config
+    "The noise in x_t, (B,C,H,W), and the damage logit, (B,1,H,W), or (B,0,H,W) where there is none; float32. Salimans & Ho 2022."
+    c, abar, seen = self.config, self.abar[t].view(-1, 1, 1, 1), x_t
     if c.condition:
-        x_t = torch.cat([x_t, torch.zeros_like(x_t) if y is None else y], 1)
-    folded = self.unet(F.pixel_unshuffle(x_t, c.fold), t * (1000 / c.steps))
+        seen = torch.cat([x_t, torch.zeros_like(x_t) if y is None else y], 1)
+    folded = self.unet(F.pixel_unshuffle(seen, c.fold), t * (1000 / c.steps))
     out = F.pixel_shuffle(folded.float(), c.fold)
-    return out[:, : c.channels], out[:, c.channels :]
+    out, logit = out[:, : c.channels], out[:, c.channels :]
+    if c.condition:
+        return (x_t - abar.sqrt() * out) / (1 - abar).sqrt(), logit
+    return (1 - abar).sqrt() * x_t + abar.sqrt() * out, logit
 
-# %% ../../nbs/15_models.diffusion.ipynb #c5bdc399
+# %% ../../nbs/15_models.diffusion.ipynb #9366a692
 @patch
 def denoise(
     self: DiffusionAutoencoder,
@@ -305,18 +312,16 @@ def fresh_noise(self: DiffusionAutoencoder, x: torch.Tensor, index: int, generat
         return draw_noise(x, self.config.noise, generator)
     return fixed_noise(self.config.noise, tuple(x.shape[1:]), index, str(x.device))
 
-# %% ../../nbs/15_models.diffusion.ipynb #b0ce1332
-def training_picture(
-    x0: torch.Tensor,  # (B,C,H,W), estimate in about [-1,1]
-    abar: torch.Tensor,  # (B,1,1,1) share of the picture at its step
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "For the losses: picture (B,C,H,W) in [-0.5,1.5], and weight (B,1,1,1) of its squared error, at most 5. Hang et al. (min-SNR) 2023."
-    snr, unit = abar / (1 - abar), (x0 + 1) / 2
-    damped = snr.sqrt().clamp(max=1) * (unit - unit.detach())  # zero in value, not in gradient
-    return unit.detach().clamp(-0.5, 1.5) + damped, snr.clamp(max=5.0)
+# %% ../../nbs/15_models.diffusion.ipynb #ad69e460
+def snr_weight(
+    abar: torch.Tensor,  # share of the picture, in (0,1)
+    most: float = 5.0,  # where to cut
+) -> torch.Tensor:
+    "Signal-to-noise ratio, cut: the factor from squared error of the picture to that of the noise. Hang et al. (min-SNR) 2023."
+    return (abar / (1 - abar)).clamp(max=most)
 
-# %% ../../nbs/15_models.diffusion.ipynb #3d963aa2
-GENERATE = 0.125  # share of training pictures whose step is from the whole schedule and whose input is hidden
+# %% ../../nbs/15_models.diffusion.ipynb #8bb6890e
+GENERATE = 1 / 16  # share of training pictures whose step is from the whole schedule and whose input is hidden
 
 
 def draw_times(
@@ -330,10 +335,10 @@ def draw_times(
     most = torch.where(shown, max(1.0, min(1.0, 1.5 * start) * steps), float(steps))
     return (torch.rand(n, device=device) * most).floor().long().clamp(max=steps - 1) + 1, shown
 
-# %% ../../nbs/15_models.diffusion.ipynb #cb59cbdb
+# %% ../../nbs/15_models.diffusion.ipynb #815840e9
 @patch
 def restore(self: DiffusionAutoencoder, x: torch.Tensor) -> Restored:
-    "In training one noised look at x (B,C,H,W) in [0,1], with a weight for its squared error; in evaluation all passes."
+    "In training one noised look at x (B,C,H,W) in [0,1], the picture not cut to [0,1], with a weight; in evaluation all passes."
     if not self.training:
         return self.restore_latent(self.encode(x))
     y, (h, w) = pad_to_multiple(x.float(), self.multiple) * 2 - 1, x.shape[-2:]
@@ -341,5 +346,32 @@ def restore(self: DiffusionAutoencoder, x: torch.Tensor) -> Restored:
     abar = self.abar[t].view(-1, 1, 1, 1)
     x_t = add_noise(y, draw_noise(y, self.config.noise), abar)
     eps, logit = self.predict(x_t, t, y * shown.view(-1, 1, 1, 1))
-    image, weight = training_picture(clean_estimate(x_t, eps, abar), abar)
-    return Restored(image[..., :h, :w], logit[..., :h, :w] if logit.shape[1] else None, weight)
+    image = (clean_estimate(x_t, eps, abar)[..., :h, :w] + 1) / 2
+    weight = snr_weight(abar, 1.0 if self.config.condition else 5.0)
+    return Restored(image, logit[..., :h, :w] if logit.shape[1] else None, weight)
+
+# %% ../../nbs/15_models.diffusion.ipynb #97c1ba1f
+@patch
+def sample(
+    self: DiffusionAutoencoder,
+    z: Latent | None = None,  # a code of `encode`; None: pure noise
+    n: int = 1,  # pictures from noise
+    size: tuple[int, int] = (256, 256),  # their height and width
+    passes: int | None = None,  # evaluations of the network; None: as configured for a code, 50 from noise
+    seed: int = 0,  # of the noise
+) -> torch.Tensor:
+    "Pictures in [0,1] by the reverse process, (B,C,H,W) from a code, (n,C,*size) from noise. Evaluation mode, no gradient."
+    training, device = self.training, self.abar.device
+    self.eval()
+    try:
+        with torch.inference_mode():
+            if z is None:
+                generator = torch.Generator(device).manual_seed(seed)
+                shape = pad_to_multiple(torch.empty(n, self.config.channels, *size, device=device), self.multiple)
+                raw = self.denoise(draw_noise(shape, self.config.noise, generator), self.config.steps, passes or 50, None, generator)
+            else:
+                raw = self.denoise(z.code, self.start, passes or self.config.passes, z.skips[0] if z.skips else None)
+            h, w = size if z is None else z.size or raw.shape[-2:]
+            return self.to_unit(raw[:, : self.config.channels, :h, :w].float())
+    finally:
+        self.train(training)
