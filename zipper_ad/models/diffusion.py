@@ -7,7 +7,7 @@ __all__ = ['GENERATE', 'alpha_bar', 'add_noise', 'draw_noise', 'fixed_noise', 's
            'SelfAttention', 'Level', 'UNet', 'clean_estimate', 'reverse_step', 'reverse_times', 'guide',
            'DiffusionAutoencoder', 'snr_weight', 'draw_times']
 
-# %% ../../nbs/15_models.diffusion.ipynb #9f7da294
+# %% ../../nbs/15_models.diffusion.ipynb #3940d49d
 import math
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ from ..config import DiffusionConfig
 from ..corrupt import smooth_noise
 from .base import BaseAutoencoder, Latent, Restored, pad_to_multiple, register
 
-# %% ../../nbs/15_models.diffusion.ipynb #43ecd158
+# %% ../../nbs/15_models.diffusion.ipynb #c6671bae
 def alpha_bar(
     schedule: str = "linear",  # linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021, eq. 17)
     steps: int = 1000,  # from the picture to noise; at least 50
@@ -35,7 +35,7 @@ def alpha_bar(
         beta = (1 - (angle[1:].cos() / angle[:-1].cos()) ** 2).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
 
-# %% ../../nbs/15_models.diffusion.ipynb #33cd5ea5
+# %% ../../nbs/15_models.diffusion.ipynb #8e19f9bf
 def add_noise(
     x: torch.Tensor,  # (B,C,H,W) in [-1,1]
     noise: torch.Tensor,  # (B,C,H,W), or one field for all (1,C,H,W), of unit variance
@@ -44,7 +44,7 @@ def add_noise(
     "The picture noised to this share: (B,C,H,W). Ho et al. 2020, eq. 4."
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
-# %% ../../nbs/15_models.diffusion.ipynb #37fa026b
+# %% ../../nbs/15_models.diffusion.ipynb #26f87d43
 def draw_noise(
     x: torch.Tensor,  # (B,C,H,W): gives shape and device
     kind: str = "white",  # white, or perlin: smooth noise in six octaves
@@ -62,7 +62,7 @@ def draw_noise(
     total = total - total.mean((2, 3), keepdim=True)
     return (total / total.std((2, 3), keepdim=True, correction=0)).view_as(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #76076a31
+# %% ../../nbs/15_models.diffusion.ipynb #f96aec17
 @lru_cache(maxsize=64)
 def fixed_noise(
     kind: str,  # white or perlin
@@ -75,7 +75,7 @@ def fixed_noise(
         generator = torch.Generator().manual_seed(977 + index)
         return draw_noise(torch.empty(1, *shape, device="cpu"), kind, generator).to(device)
 
-# %% ../../nbs/15_models.diffusion.ipynb #f722de55
+# %% ../../nbs/15_models.diffusion.ipynb #71fd1b07
 def sinusoidal(
     t: torch.Tensor,  # (B,) steps, as if there were 1000
     dim: int,  # numbers for each step; even
@@ -85,7 +85,7 @@ def sinusoidal(
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../../nbs/15_models.diffusion.ipynb #88820a04
+# %% ../../nbs/15_models.diffusion.ipynb #86ce58cc
 class Norm(nn.GroupNorm):
     "Group norm in float32 with eight groups, or the most that divide both: (B,c,H,W) to the same, in its dtype. Wu & He 2018."
 
@@ -120,7 +120,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.step(e)[:, :, None, None]
         return self.conv2(self.dropout(F.silu(self.norm2(h)))) + self.short_cut(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #9548c4e2
+# %% ../../nbs/15_models.diffusion.ipynb #8465a6ae
 class SelfAttention(nn.Module):
     "Every place asks every other, and adds what it is told: (B,c,H,W) to the same. Vaswani et al. 2017; Ho et al. 2020, appendix B."
 
@@ -137,7 +137,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).mT.unbind(1)
         return x + self.out(F.scaled_dot_product_attention(q, k, v).mT.reshape(b, c, h, w))
 
-# %% ../../nbs/15_models.diffusion.ipynb #91c040c7
+# %% ../../nbs/15_models.diffusion.ipynb #8226a1d7
 class Level(nn.ModuleList):
     "n residual blocks, one after the other: (B,i,H,W) and (B,e) to (B,o,H,W)."
 
@@ -156,7 +156,7 @@ class Level(nn.ModuleList):
             x = block(x, e)
         return x
 
-# %% ../../nbs/15_models.diffusion.ipynb #ebfa8849
+# %% ../../nbs/15_models.diffusion.ipynb #725b056c
 class UNet(nn.Module):
     "(B,i,H,W) and a step (B,) to (B,o,H,W), linear. H and W must be divisible by 2^(levels-1). Ho et al. 2020, appendix B."
 
@@ -190,7 +190,7 @@ class UNet(nn.Module):
             x = level(F.interpolate(narrow(x), scale_factor=2) + skips.pop(), e)
         return self.out(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #2fc753b5
+# %% ../../nbs/15_models.diffusion.ipynb #7eae08b0
 def clean_estimate(
     x_t: torch.Tensor,  # (B,C,H,W), noised
     eps: torch.Tensor,  # (B,C,H,W), the noise in it
@@ -212,7 +212,7 @@ def reverse_step(
     x = abar_s.sqrt() * x0 + (1 - abar_s - variance).clamp(min=0).sqrt() * eps
     return x if fresh is None else x + variance.sqrt() * fresh
 
-# %% ../../nbs/15_models.diffusion.ipynb #d96736d9
+# %% ../../nbs/15_models.diffusion.ipynb #af91e93c
 def reverse_times(
     start: int,  # the step to begin at, at least 1
     passes: int,  # evaluations of the network
@@ -220,7 +220,7 @@ def reverse_times(
     "The steps at which the network looks, evenly from `start` towards 1: at most `passes`, fewer where there are no more."
     return sorted({max(1, round(start * k / passes)) for k in range(1, passes + 1)}, reverse=True)
 
-# %% ../../nbs/15_models.diffusion.ipynb #d7876cd4
+# %% ../../nbs/15_models.diffusion.ipynb #b46f1e44
 def guide(
     eps: torch.Tensor,  # (B,C,H,W), the network's noise
     x_t: torch.Tensor,  # (B,C,H,W), what it saw
@@ -231,7 +231,7 @@ def guide(
     "The noise corrected towards the input: (B,C,H,W). Mousakhan et al. (DDAD) 2023."
     return eps - w * (1 - abar).sqrt() * (add_noise(y, eps, abar) - x_t)
 
-# %% ../../nbs/15_models.diffusion.ipynb #62c54c39
+# %% ../../nbs/15_models.diffusion.ipynb #be5387d7
 @register("diffusion")
 class DiffusionAutoencoder(BaseAutoencoder):
     "Noise to `start`, then denoise in `passes`: a U-Net that predicts noise. Ho et al. 2020; Wyatt et al. 2022 for partial noising."
@@ -261,7 +261,7 @@ class DiffusionAutoencoder(BaseAutoencoder):
     def decode_outputs(self, z):
         return self.denoise(z.code, self.start, self.config.passes, z.skips[0] if z.skips else None)
 
-# %% ../../nbs/15_models.diffusion.ipynb #085ee6d9
+# %% ../../nbs/15_models.diffusion.ipynb #a7681217
 @patch
 def predict(
     self: DiffusionAutoencoder,
@@ -280,7 +280,7 @@ def predict(
         return (x_t - abar.sqrt() * out) / (1 - abar).sqrt(), logit
     return (1 - abar).sqrt() * x_t + abar.sqrt() * out, logit
 
-# %% ../../nbs/15_models.diffusion.ipynb #9366a692
+# %% ../../nbs/15_models.diffusion.ipynb #b37cf1e0
 @patch
 def denoise(
     self: DiffusionAutoencoder,
@@ -306,13 +306,18 @@ def denoise(
 
 
 @patch
-def fresh_noise(self: DiffusionAutoencoder, x: torch.Tensor, index: int, generator: torch.Generator | None) -> torch.Tensor:
+def fresh_noise(
+    self: DiffusionAutoencoder,
+    x: torch.Tensor,  # (B,C,H,W): gives shape and device
+    index: int,  # which of the fixed fields
+    generator: torch.Generator | None = None,  # source of chance; None: the fixed field
+) -> torch.Tensor:
     "New noise of the configured kind: drawn (B,C,H,W) where there is a generator, else one of the fixed fields (1,C,H,W)."
     if generator is not None:
         return draw_noise(x, self.config.noise, generator)
     return fixed_noise(self.config.noise, tuple(x.shape[1:]), index, str(x.device))
 
-# %% ../../nbs/15_models.diffusion.ipynb #ad69e460
+# %% ../../nbs/15_models.diffusion.ipynb #be827aae
 def snr_weight(
     abar: torch.Tensor,  # share of the picture, in (0,1)
     most: float = 5.0,  # where to cut
@@ -320,7 +325,7 @@ def snr_weight(
     "Signal-to-noise ratio, cut: the factor from squared error of the picture to that of the noise. Hang et al. (min-SNR) 2023."
     return (abar / (1 - abar)).clamp(max=most)
 
-# %% ../../nbs/15_models.diffusion.ipynb #8bb6890e
+# %% ../../nbs/15_models.diffusion.ipynb #4f433446
 GENERATE = 1 / 16  # share of training pictures whose step is from the whole schedule and whose input is hidden
 
 
@@ -335,7 +340,7 @@ def draw_times(
     most = torch.where(shown, max(1.0, min(1.0, 1.5 * start) * steps), float(steps))
     return (torch.rand(n, device=device) * most).floor().long().clamp(max=steps - 1) + 1, shown
 
-# %% ../../nbs/15_models.diffusion.ipynb #815840e9
+# %% ../../nbs/15_models.diffusion.ipynb #36104c5b
 @patch
 def restore(self: DiffusionAutoencoder, x: torch.Tensor) -> Restored:
     "In training one noised look at x (B,C,H,W) in [0,1], the picture not cut to [0,1], with a weight; in evaluation all passes."
@@ -350,7 +355,7 @@ def restore(self: DiffusionAutoencoder, x: torch.Tensor) -> Restored:
     weight = snr_weight(abar, 1.0 if self.config.condition else 5.0)
     return Restored(image, logit[..., :h, :w] if logit.shape[1] else None, weight)
 
-# %% ../../nbs/15_models.diffusion.ipynb #97c1ba1f
+# %% ../../nbs/15_models.diffusion.ipynb #14b0d880
 @patch
 def sample(
     self: DiffusionAutoencoder,
