@@ -162,7 +162,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'zipper_ad.corrupt._coordinates': ('corrupt.html#_coordinates', 'zipper_ad/corrupt.py'),
                                    'zipper_ad.corrupt._crossed': ('corrupt.html#_crossed', 'zipper_ad/corrupt.py'),
                                    'zipper_ad.corrupt._cubic': ('corrupt.html#_cubic', 'zipper_ad/corrupt.py'),
-                                   'zipper_ad.corrupt._damage_place': ('corrupt.html#_damage_place', 'zipper_ad/corrupt.py'),
                                    'zipper_ad.corrupt._draw_kinds': ('corrupt.html#_draw_kinds', 'zipper_ad/corrupt.py'),
                                    'zipper_ad.corrupt._edge_place': ('corrupt.html#_edge_place', 'zipper_ad/corrupt.py'),
                                    'zipper_ad.corrupt._line': ('corrupt.html#_line', 'zipper_ad/corrupt.py'),

@@ -81,13 +81,6 @@ def _edge_place(x: torch.Tensor, generator=None, tries: int = 12) -> tuple[torch
     return (r.gather(1, best) + 0.5) / h, (c.gather(1, best) + 0.5) / w
 
 # %% ../nbs/04_corrupt.ipynb #c14c70b3
-def _damage_place(x: torch.Tensor, generator=None) -> list[torch.Tensor]:
-    "Row and column (B,1,1,1) of the middle of a damage: anywhere, or in every second picture where there is something to damage."
-    row, column = _edge_place(x, generator, tries=6)
-    anywhere = _uniform(len(x), 0, 1, x, generator) < 0.5
-    return [torch.where(anywhere, _uniform(len(x), 0, 1, x, generator), place.view(-1, 1, 1, 1)) for place in (row, column)]
-
-# %% ../nbs/04_corrupt.ipynb #d4266c5d
 def blob_mask(
     x: torch.Tensor,  # (B,C,H,W): gives the number of masks, their size and device
     radius: tuple[float, float] = (0.02, 0.15),  # half axes, as fractions of the picture; drawn log-uniformly
@@ -97,8 +90,7 @@ def blob_mask(
     n, (row, column) = len(x), _coordinates(x)
     angle = _uniform(n, 0, math.pi, x, generator)
     a, b = (_log_uniform(n, radius, x, generator) for _ in range(2))
-    centre_row, centre_column = _damage_place(x, generator)
-    dr, dc = row - centre_row, column - centre_column
+    dr, dc = row - _uniform(n, 0, 1, x, generator), column - _uniform(n, 0, 1, x, generator)
     u, v = (dr * angle.cos() + dc * angle.sin()) / a, (dc * angle.cos() - dr * angle.sin()) / b
     distance = (u * u + v * v).sqrt() + 0.25 * smooth_noise(x, (16, 16), generator)
     edge = (_log_uniform(n, (1 / 256, 4 / 256), x, generator) * x.shape[-1]).clamp(min=1)
@@ -254,8 +246,8 @@ def piece_mask(
     n, (row, column) = len(x), _coordinates(x)
     gamma = -0.05 * (1 - torch.rand(2, 2, n, 1, 1, 1, generator=generator, device=x.device)).log().sum(0)  # two exponentials: shape 2
     a, b = (0.03 + gamma[0]).clamp(max=most[0]), (0.03 + gamma[1]).clamp(max=most[1])
-    centre_row, centre_column = _damage_place(x, generator)
-    u, v = (row - centre_row).abs() / a, (column - centre_column).abs() / b
+    u = (row - _uniform(n, 0, 1, x, generator)).abs() / a
+    v = (column - _uniform(n, 0, 1, x, generator)).abs() / b
     ellipse = (u * u + v * v).sqrt() + 0.2 * smooth_noise(x, (12, 12), generator)
     distance = torch.where(_uniform(n, 0, 1, x, generator) < 0.5, torch.maximum(u, v), ellipse)
     pixels = torch.minimum(a * x.shape[-2], b * x.shape[-1])
@@ -416,8 +408,7 @@ def damage_once(
 
 # %% ../nbs/04_corrupt.ipynb #57d98062
 ALIGNED = {
-    "patch": 0.2, "seamless": 0.06, "texture": 0.12, "blur": 0.12, "rough": 0.12, "hole": 0.1, "thread": 0.07,
-    "warp": 0.11, "stretch": 0.08, "shift": 0.02,
+    "patch": 0.18, "seamless": 0.04, "texture": 0.12, "blur": 0.12, "rough": 0.12, "hole": 0.1, "thread": 0.07, "warp": 0.13, "stretch": 0.12
 }
 TEXTURES = {"texture": 0.25, "rough": 0.2, "hole": 0.17, "thread": 0.15, "blur": 0.15, "patch": 0.08}
 MIXTURES = {"aligned": ALIGNED, "textures": TEXTURES}  # weights of the kinds
