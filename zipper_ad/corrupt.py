@@ -408,7 +408,8 @@ def damage_once(
 
 # %% ../nbs/04_corrupt.ipynb #57d98062
 ALIGNED = {
-    "patch": 0.18, "seamless": 0.04, "texture": 0.12, "blur": 0.12, "rough": 0.12, "hole": 0.1, "thread": 0.07, "warp": 0.13, "stretch": 0.12
+    "patch": 0.18, "seamless": 0.04, "texture": 0.12, "blur": 0.12, "rough": 0.12, "hole": 0.1, "thread": 0.07,
+    "warp": 0.13, "stretch": 0.11, "shift": 0.01,
 }
 TEXTURES = {"texture": 0.25, "rough": 0.2, "hole": 0.17, "thread": 0.15, "blur": 0.15, "patch": 0.08}
 MIXTURES = {"aligned": ALIGNED, "textures": TEXTURES}  # weights of the kinds
