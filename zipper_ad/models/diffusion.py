@@ -7,7 +7,7 @@ __all__ = ['GENERATE', 'alpha_bar', 'add_noise', 'draw_noise', 'fixed_noise', 's
            'SelfAttention', 'Level', 'UNet', 'clean_estimate', 'reverse_step', 'reverse_times', 'guide',
            'DiffusionAutoencoder', 'snr_weight', 'draw_times']
 
-# %% ../../nbs/15_models.diffusion.ipynb #4abb9b36
+# %% ../../nbs/15_models.diffusion.ipynb #7267088e
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,7 +21,7 @@ from ..config import DiffusionConfig
 from ..corrupt import smooth_noise
 from .base import BaseAutoencoder, Latent, Restored, pad_to_multiple, register
 
-# %% ../../nbs/15_models.diffusion.ipynb #5d732ef7
+# %% ../../nbs/15_models.diffusion.ipynb #ff6d0c17
 def alpha_bar(
     schedule: str = "linear",  # linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021, eq. 17)
     steps: int = 1000,  # from the picture to noise; at least 50
@@ -36,7 +36,7 @@ def alpha_bar(
         beta = (1 - (angle[1:].cos() / angle[:-1].cos()) ** 2).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
 
-# %% ../../nbs/15_models.diffusion.ipynb #3dfd1f20
+# %% ../../nbs/15_models.diffusion.ipynb #c7f23c3b
 def add_noise(
     x: torch.Tensor,  # (B,C,H,W) in [-1,1]
     noise: torch.Tensor,  # (B,C,H,W), or one field for all (1,C,H,W), of unit variance
@@ -45,7 +45,7 @@ def add_noise(
     "The picture noised to this share: (B,C,H,W). Ho et al. 2020, eq. 4."
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
-# %% ../../nbs/15_models.diffusion.ipynb #fe0e0763
+# %% ../../nbs/15_models.diffusion.ipynb #ebad6923
 def draw_noise(
     x: torch.Tensor,  # (B,C,H,W): gives shape and device
     kind: str = "white",  # white, or perlin: smooth noise in six octaves
@@ -63,7 +63,7 @@ def draw_noise(
     total = total - total.mean((2, 3), keepdim=True)
     return (total / total.std((2, 3), keepdim=True, correction=0)).view_as(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #a5391ee2
+# %% ../../nbs/15_models.diffusion.ipynb #8f9e0c65
 @lru_cache(maxsize=64)
 def fixed_noise(
     kind: str,  # white or perlin
@@ -79,7 +79,7 @@ def fixed_noise(
     with ThreadPoolExecutor(1) as apart:  # where no mode of the caller holds: an ordinary tensor, also while it is traced
         return apart.submit(draw).result()
 
-# %% ../../nbs/15_models.diffusion.ipynb #33705303
+# %% ../../nbs/15_models.diffusion.ipynb #bfdeed10
 def sinusoidal(
     t: torch.Tensor,  # (B,) steps, as if there were 1000
     dim: int,  # numbers for each step; even
@@ -89,7 +89,7 @@ def sinusoidal(
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../../nbs/15_models.diffusion.ipynb #55cc9377
+# %% ../../nbs/15_models.diffusion.ipynb #1b512619
 class Norm(nn.GroupNorm):
     "Group norm in float32 with eight groups, or the most that divide both: (B,c,H,W) to the same, in its dtype. Wu & He 2018."
 
@@ -103,7 +103,7 @@ class Norm(nn.GroupNorm):
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
 
-# %% ../../nbs/15_models.diffusion.ipynb #3f4b8ec2
+# %% ../../nbs/15_models.diffusion.ipynb #060b4a11
 class ResidualBlock(nn.Module):
     "Twice group norm, Swish, 3×3 convolution, beside a short cut: (B,i,H,W) and (B,e) to (B,o,H,W). Ho et al. 2020, appendix B."
 
@@ -124,7 +124,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.step(e)[:, :, None, None]
         return self.conv2(self.dropout(F.silu(self.norm2(h)))) + self.short_cut(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #c0b6bbe2
+# %% ../../nbs/15_models.diffusion.ipynb #d6ecb1a6
 class SelfAttention(nn.Module):
     "Every place asks every other, and adds what it is told: (B,c,H,W) to the same. Vaswani et al. 2017; Ho et al. 2020, appendix B."
 
@@ -141,7 +141,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).mT.unbind(1)
         return x + self.out(F.scaled_dot_product_attention(q, k, v).mT.reshape(b, c, h, w))
 
-# %% ../../nbs/15_models.diffusion.ipynb #9fa589b1
+# %% ../../nbs/15_models.diffusion.ipynb #8ae138cd
 class Level(nn.ModuleList):
     "n residual blocks, one after the other: (B,i,H,W) and (B,e) to (B,o,H,W)."
 
@@ -160,7 +160,7 @@ class Level(nn.ModuleList):
             x = block(x, e)
         return x
 
-# %% ../../nbs/15_models.diffusion.ipynb #17b609a1
+# %% ../../nbs/15_models.diffusion.ipynb #3f20f6a7
 class UNet(nn.Module):
     "(B,i,H,W) and a step (B,) to (B,o,H,W), linear. H and W must be divisible by 2^(levels-1). Ho et al. 2020, appendix B."
 
@@ -193,7 +193,7 @@ class UNet(nn.Module):
             x = level(F.interpolate(narrow(x), scale_factor=2) + skips.pop(), e)
         return self.out(x)
 
-# %% ../../nbs/15_models.diffusion.ipynb #a09fc4ab
+# %% ../../nbs/15_models.diffusion.ipynb #1eac8705
 def clean_estimate(
     x_t: torch.Tensor,  # (B,C,H,W), noised
     eps: torch.Tensor,  # (B,C,H,W), the noise in it
@@ -202,7 +202,7 @@ def clean_estimate(
     "The picture without the noise: (B,C,H,W). The inverse of `add_noise`. Ho et al. 2020, eq. 15."
     return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
 
-# %% ../../nbs/15_models.diffusion.ipynb #b18f3a89
+# %% ../../nbs/15_models.diffusion.ipynb #cb9e6f86
 def reverse_step(
     x0: torch.Tensor,  # (B,C,H,W), estimate of the clean picture
     eps: torch.Tensor,  # (B,C,H,W), estimate of the noise
@@ -215,7 +215,7 @@ def reverse_step(
     x = abar_s.sqrt() * x0 + (1 - abar_s - variance).clamp(min=0).sqrt() * eps
     return x if fresh is None else x + variance.sqrt() * fresh
 
-# %% ../../nbs/15_models.diffusion.ipynb #de8b291a
+# %% ../../nbs/15_models.diffusion.ipynb #8991bcf5
 def reverse_times(
     start: int,  # the step to begin at, at least 1
     passes: int,  # evaluations of the network
@@ -223,7 +223,7 @@ def reverse_times(
     "The steps at which the network looks, evenly from `start` towards 1: at most `passes`, fewer where there are no more."
     return sorted({max(1, round(start * k / passes)) for k in range(1, passes + 1)}, reverse=True)
 
-# %% ../../nbs/15_models.diffusion.ipynb #569205db
+# %% ../../nbs/15_models.diffusion.ipynb #cd7096b9
 def guide(
     eps: torch.Tensor,  # (B,C,H,W), the network's noise
     x_t: torch.Tensor,  # (B,C,H,W), what it saw
@@ -234,7 +234,7 @@ def guide(
     "The noise corrected towards the input: (B,C,H,W). Mousakhan et al. (DDAD) 2023."
     return eps - w * (1 - abar).sqrt() * (add_noise(y, eps, abar) - x_t)
 
-# %% ../../nbs/15_models.diffusion.ipynb #3949c7d0
+# %% ../../nbs/15_models.diffusion.ipynb #ad682ba9
 @register("diffusion")
 class DiffusionAutoencoder(BaseAutoencoder):
     "Noise to `start`, then denoise in `passes`: a U-Net that predicts noise. Ho et al. 2020; Wyatt et al. 2022 for partial noising."
@@ -264,7 +264,7 @@ class DiffusionAutoencoder(BaseAutoencoder):
     def decode_outputs(self, z):
         return self.denoise(z.code, self.start, self.config.passes, z.skips[0] if z.skips else None)
 
-# %% ../../nbs/15_models.diffusion.ipynb #78127263
+# %% ../../nbs/15_models.diffusion.ipynb #9f4b6f35
 @patch
 def predict(
     self: DiffusionAutoencoder,
@@ -283,7 +283,7 @@ def predict(
         return (x_t - abar.sqrt() * out) / (1 - abar).sqrt(), logit
     return (1 - abar).sqrt() * x_t + abar.sqrt() * out, logit
 
-# %% ../../nbs/15_models.diffusion.ipynb #da85372e
+# %% ../../nbs/15_models.diffusion.ipynb #3788c733
 @patch
 def denoise(
     self: DiffusionAutoencoder,
@@ -307,7 +307,7 @@ def denoise(
             x_t = reverse_step(x0, (x_t - abar.sqrt() * x0) / (1 - abar).sqrt(), abar, self.abar[s], fresh)
     return torch.cat([x0, first], 1)
 
-# %% ../../nbs/15_models.diffusion.ipynb #a8fd9aa3
+# %% ../../nbs/15_models.diffusion.ipynb #393fb4e4
 @patch
 def fresh_noise(
     self: DiffusionAutoencoder,
@@ -320,7 +320,7 @@ def fresh_noise(
         return draw_noise(x, self.config.noise, generator)
     return fixed_noise(self.config.noise, tuple(x.shape[1:]), index, str(x.device))
 
-# %% ../../nbs/15_models.diffusion.ipynb #0fc6fc23
+# %% ../../nbs/15_models.diffusion.ipynb #475e5157
 def snr_weight(
     abar: torch.Tensor,  # share of the picture, in (0,1)
     most: float = 5.0,  # where to cut
@@ -328,7 +328,7 @@ def snr_weight(
     "Signal-to-noise ratio, cut: the factor from squared error of the picture to that of the noise. Hang et al. (min-SNR) 2023."
     return (abar / (1 - abar)).clamp(max=most)
 
-# %% ../../nbs/15_models.diffusion.ipynb #2fde6ac1
+# %% ../../nbs/15_models.diffusion.ipynb #34527586
 GENERATE = 1 / 16  # share of training pictures whose step is from the whole schedule and whose input is hidden
 
 
@@ -343,7 +343,7 @@ def draw_times(
     most = torch.where(shown, max(1.0, min(1.0, 1.5 * start) * steps), float(steps))
     return (torch.rand(n, device=device) * most).floor().long().clamp(max=steps - 1) + 1, shown
 
-# %% ../../nbs/15_models.diffusion.ipynb #d49b76a3
+# %% ../../nbs/15_models.diffusion.ipynb #244b4117
 @patch
 def restore(self: DiffusionAutoencoder, x: torch.Tensor) -> Restored:
     "In training one noised look at x (B,C,H,W) in [0,1], the picture not cut to [0,1], with a weight; in evaluation all passes."
@@ -358,7 +358,7 @@ def restore(self: DiffusionAutoencoder, x: torch.Tensor) -> Restored:
     weight = snr_weight(abar, 1.0 if self.config.condition else 5.0)
     return Restored(image, logit[..., :h, :w] if logit.shape[1] else None, weight)
 
-# %% ../../nbs/15_models.diffusion.ipynb #acd2ae06
+# %% ../../nbs/15_models.diffusion.ipynb #5fb06be9
 @patch
 def sample(
     self: DiffusionAutoencoder,
