@@ -199,16 +199,15 @@ def _check_early(config):
     from zipper_ad.detector import choose_maps
 
     choose_maps(config)
-    if config.loss.perceptual or not any(config.loss.__dict__[k] for k in ("mse", "l1", "ssim", "msgms")):
-        from zipper_ad.learner import check_losses
-
-        check_losses(config)
     if pick_device(config.train.device).type == "cpu" and config.train.precision == "fp16":
         raise InputError("train.precision=fp16: needs a GPU. Use auto, bf16 or fp32.")
     for kind in config.damage.kinds or ():
         if kind not in KINDS:
             raise InputError(f"damage.kinds.{kind}: no such damage. {nearest_name(kind, KINDS)}")
     find_items(config.data.root, "train")
+    from zipper_ad.learner import check_losses  # last: it imports fastai, which takes seconds
+
+    check_losses(config)
 
 # %% ../nbs/50_cli.ipynb #9822089f
 def _train(config, folder: Path):

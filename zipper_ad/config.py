@@ -170,7 +170,7 @@ class TrainConfig:
 class ScoreConfig:
     "From maps to a score and a threshold, see the notebook score."
 
-    map: str = "auto"  # damage, l1, l2, ssim, msgms, or several joined by +; auto: damage+ssim where there is a damage map, else ssim
+    map: str = "auto"  # damage, l1, l2, ssim, msgms, or several joined by +; auto: all but l1 that the model gives
     sigma: float = 4.0  # Gaussian smoothing of the map, in pixels at 256
     pool: str = "max"  # from map to score: max, topk, mean
     topk: int = 100  # pixels that topk averages

@@ -306,7 +306,7 @@ def plot_scores(
             ax.axvline(value, color="black", lw=1.2, ls="--", label="threshold" if ax is above else None)
         above.set_title(_promise(threshold, scores, good))
     handles, names = (a + b for a, b in zip(above.get_legend_handles_labels(), below.get_legend_handles_labels(), strict=True))
-    above.legend(handles, names, loc="upper right")
+    fig.legend(handles, names, loc="outside lower center", ncols=len(names))
     return fig
 
 # %% ../nbs/40_interpret.ipynb #3aa1a503

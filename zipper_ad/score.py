@@ -118,7 +118,7 @@ def fit(
     return self
 
 # %% ../nbs/30_score.ipynb #9989e515
-LONGEST_TAIL = 1.0
+LONGEST_TAIL = 0.9
 
 
 @patch
@@ -172,13 +172,13 @@ def extreme_value_law(
     b0, b1 = x.mean(), (rank / max(n - 1, 1) * x).mean()
     b2 = (rank * (rank - 1) / max((n - 1) * (n - 2), 1) * x).mean()
     c = (2 * b1 - b0) / (3 * b2 - b0) - math.log(2) / math.log(3) if n > 2 and 3 * b2 > b0 else 0.0
-    k = max(7.859 * c + 2.9554 * c * c, -0.9)
+    k = max(7.859 * c + 2.9554 * c * c, -LONGEST_TAIL)
     if k > -1e-3:
         sigma = max((2 * b1 - b0) / math.log(2), 1e-6)
         return b0 - 0.5772156649 * sigma, sigma, 0.0
     gamma = math.gamma(1 + k)
     sigma = max((2 * b1 - b0) * k / (gamma * (1 - 2**-k)), 1e-6)
-    return b0 + sigma * (gamma - 1) / k, sigma, min(-k, LONGEST_TAIL)
+    return b0 + sigma * (gamma - 1) / k, sigma, -k
 
 # %% ../nbs/30_score.ipynb #0b890b1c
 def calibrate(
