@@ -18,6 +18,7 @@ from zipper_ad.corrupt import (
     damage_once,
     damage_stats,
     find_piece,
+    lint,
     membrane,
     noise_mask,
     piece_mask,
@@ -381,3 +382,39 @@ def test_on_a_gpu(name):
     image = make(name, x, torch.Generator("cuda").manual_seed(0))
     check_picture(image, x)
     assert image.is_cuda
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_lint_is_little_and_leaves_the_rest_alone(shape, share):
+    x = pictures(*shape)
+    copy = x.clone()
+    out = lint(x, share, seeded(3))
+    check_picture(out, x)
+    assert torch.equal(x, copy) and torch.equal(out, lint(x, share, seeded(3)))
+    touched = (out != x).flatten(1).any(1)
+    assert not touched.any() if share == 0 else touched.all() if share == 1 else True
+    assert ((out - x).abs() > 0.02).float().mean() < 0.1
+
+
+def test_lint_share_and_size():
+    x = torch.full((400, 1, 64, 64), 0.4)
+    changed = (lint(x, 0.25, seeded()) - x).abs()[:, 0]
+    touched = changed.flatten(1).amax(1) > 0.01
+    assert 0.18 < touched.float().mean() < 0.32
+    assert (changed[touched] > 0.05).float().sum((1, 2)).max() < 64  # of 4096 pixels
+
+
+def test_lint_is_no_damage_to_a_learner():
+    "Training shows it in the input and in the target, and never in the mask."
+    from types import SimpleNamespace
+
+    from zipper_ad.callbacks import CorruptionCallback
+
+    callback = CorruptionCallback(Corruption(whole=1.0), lint=1.0)
+    x = torch.full((4, 1, 64, 64), 0.4)
+    learn = SimpleNamespace(xb=(x,), yb=(x,), training=True, pct_train=1.0, model=torch.nn.Identity())
+    callback.learn = learn
+    callback.before_batch()
+    (damaged,), (clean, mask) = learn.xb, learn.yb
+    assert torch.equal(damaged, clean) and not torch.equal(clean, x) and not mask.any()

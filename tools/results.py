@@ -2,12 +2,14 @@
 
     python tools/results.py [photographs=DIR] [runs=runs/results] [jobs=1] [list=true] [PATTERN …]
     python tools/results.py measure=RUN data=DIR out=FILE
+    python tools/results.py ensemble=RUN,RUN,… data=DIR out=FILE
 
 PATTERN is a row's name or a pattern such as "main-cnn-*"; without one, all rows are made, in order. Rows on rendered pictures need
 nothing; rows on real ones need photographs=DIR, a folder in MVTec's layout. Each row trains with the settings it names, on one
 processor thread (so that `jobs` rows can run side by side), measures on the test folder, and writes what `zipper_ad evaluate`
 writes, with the settings, the minutes and the same figures for each map alone and for all reconstruction maps without the damage
-map. These score the same network, calibrated on the same held-out normals; they train nothing. `measure` does the same for any run.
+map. These score the same network, calibrated on the same held-out normals; they train nothing. `measure` does the same for any run,
+and `ensemble` judges by the mean of several runs' anomaly maps, which are on one scale; the runs must share data, size and seed.
 
 The groups: `main` is the table of families; `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time
 and over the number of training pictures; `damage` leaves one kind of damage out at a time.
@@ -130,6 +132,35 @@ def measure(run: Path, data: Path) -> dict:
     return metrics | {"maps_alone": alone}
 
 
+def ensemble(runs: list[Path], data: Path) -> dict:
+    "Figures of the mean of several detectors' anomaly maps, with a threshold from the mean on the held-out normals."
+    import numpy as np
+    import torch
+
+    from zipper_ad.data import AnomalyDataset
+    from zipper_ad.detector import Detector
+    from zipper_ad.learner import split_three
+    from zipper_ad.metrics import evaluate_scores
+    from zipper_ad.score import pool
+
+    detectors = [Detector.load(run) for run in runs]
+    c = detectors[0].config
+    if any((d.config.data, d.config.seed) != (c.data, c.seed) for d in detectors):
+        raise SystemExit("the runs of an ensemble must have been trained on the same pictures, of one size, with one seed")
+    normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
+    test = AnomalyDataset(data, "test", size=c.data.size, channels=c.data.channels)
+
+    def judged(dataset, indices):
+        batches = np.array_split(indices, -(-len(indices) // 16))
+        return torch.cat([torch.stack([d.maps_and_scores(dataset.batch(i))[0] for d in detectors]).mean(0) for i in batches])
+
+    good = pool(judged(normal, split_three(normal, c.data.held_out, c.seed).calibration))
+    maps, threshold = judged(test, range(len(test))), threshold_of(good, c.score.target_fpr)
+    masks = [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
+    figures = evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), masks, threshold.value, 1000)
+    return {"members": [f"{d.config.model.name}, seed {d.config.seed}" for d in detectors]} | figures
+
+
 def threshold_of(scores, rate):
     "The conformal threshold, without the warning that few pictures promise little: the row says what is promised."
     import logging
@@ -163,7 +194,12 @@ def main(arguments: list[str]):
     patterns = [a for a in arguments if "=" not in a] or ["*"]
     runs, table = Path(options.get("runs", "runs/results")), rows()
     names = [n for n in table if any(fnmatch.fnmatch(n, p) for p in patterns) and not (Path("results") / f"{n}.json").exists()]
-    if options.get("measure"):
+    if options.get("ensemble"):
+        from zipper_ad.cli import write_json
+
+        runs = [Path(r) for r in options["ensemble"].split(",")]
+        write_json({"made_by": "python tools/results.py " + " ".join(arguments)} | ensemble(runs, Path(options["data"])), options["out"])
+    elif options.get("measure"):
         from zipper_ad.cli import write_json
 
         made_by = {"made_by": "python tools/results.py " + " ".join(arguments)}

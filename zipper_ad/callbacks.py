@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score
 
 from .core import atomic_path, import_torchvision
-from .corrupt import Corruption
+from .corrupt import Corruption, lint
 from zipper_ad.losses import (
     PatchDiscriminator,
     ReconstructionLoss,
@@ -96,14 +96,18 @@ class CorruptionCallback(Callback):
         restore: bool = True,  # False leaves training pictures whole (a plain autoencoder); validation is damaged all the same
         valid_seed: int = 0,  # seed of the validation's damage
         ramp: float = 0.0,  # share of the training in which the least strength comes down from the most; 0: at once
+        lint: float = 0.0,  # share of pictures that get harmless specks, in input and target alike
     ):
         self.corruption, self.restore, self.valid_seed, self.ramp = corruption or Corruption(), restore, valid_seed, ramp
+        self.lint = lint
 
     def before_validate(self):
         self.generator = torch.Generator(self.learn.dls.device).manual_seed(self.valid_seed)
 
     def before_batch(self):
         clean = self.xb[0].as_subclass(torch.Tensor)  # fastai's typed tensors cost time at every operation
+        if self.lint:
+            clean = lint(clean, self.lint, None if self.training else self.generator)
         if self.training and not self.restore:
             damaged = (clean, torch.zeros_like(clean[:, :1]))
         else:

@@ -33,6 +33,7 @@ class DataConfig:
     held_out: float = 0.2  # share of the normal training images that is held out
     flip_horizontal: float = 0.5  # chance of a mirror image, left to right
     flip_vertical: float = 0.5  # chance of a mirror image, top to bottom
+    pose: str = "auto"  # how the parts lie: aligned, turned (at any angle), or auto: the pictures tell
     shift: float = 0.02  # largest shift, as a fraction of the side
     brightness: float = 0.03  # largest change of brightness, in grey levels of [0,1]
     contrast: float = 0.1  # largest relative change of contrast
@@ -126,6 +127,7 @@ class DamageConfig:
     "The damage made on training images, see the notebook corrupt."
 
     restore: bool = True  # train to restore; false trains a plain autoencoder on undamaged images
+    lint: float = 0.3  # share of training images with harmless specks, which stay in the target; 0 where a speck is a fault
     whole: float = 0.15  # share of training images left undamaged
     again: float = 0.35  # chance that a damaged image is damaged a second time
     preset: str = "aligned"  # the mixture of kinds: aligned, for parts that always lie the same way, or textures
@@ -231,13 +233,14 @@ RANGES = {  # setting: (least, most)
     "score.target_fpr": (1e-6, 0.999), "model.width": (8, 65536), "model.heads": (1, 1024), "model.blocks": (1, 1000),
     "model.patch": (2, 256), "model.decoder_width": (8, 65536), "model.decoder_blocks": (1, 1000), "model.hide": (0, 0.95),
     "model.passes": (1, 1000), "model.steps": (50, 1000), "model.start": (0.001, 1), "model.guidance": (0, 100), "train.ema": (0, 0.999999),
-    "damage.ramp": (0, 1), "loss.perceptual": (0, 1e6), "loss.adversarial": (0, 1e6),
+    "damage.ramp": (0, 1), "damage.lint": (0, 1), "loss.perceptual": (0, 1e6), "loss.adversarial": (0, 1e6),
 }
 CHOICES = {
     "model.head": HEADS, "model.skip": ("concat", "add", "none"), "model.depth": (10, 18, 34),
     "model.stem": ("linear", "conv"), "model.decoder": ("transformer", "cnn"), "model.schedule": ("linear", "cosine"),
     "model.noise": ("white", "perlin"), "model.sampler": ("ddim", "ddpm"), "damage.preset": ("aligned", "textures"),
     "data.channels": (1, 3), "data.cache": ("auto", "memory", "disk", "off"),
+    "data.pose": ("auto", "aligned", "turned"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"), "score.pool": ("max", "topk", "mean"),
 }
 

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'ALIGNED', 'TEXTURES', 'MIXTURES', 'RADII', 'PROBES', 'smooth_noise', 'blob_mask', 'noise_mask',
            'thread_mask', 'fill_patch', 'fill_texture', 'fill_blur', 'fill_rough', 'fill_hole', 'fill_thread',
            'membrane', 'piece_mask', 'find_piece', 'seamless', 'warp', 'stretch', 'shift', 'Damaged', 'visible_change',
-           'damage_once', 'Corruption', 'scratch', 'dots', 'smear', 'dent', 'chip', 'probe_once', 'probe',
+           'damage_once', 'Corruption', 'lint', 'scratch', 'dots', 'smear', 'dent', 'chip', 'probe_once', 'probe',
            'damage_stats']
 
 # %% ../nbs/04_corrupt.ipynb #96ed8bd4
@@ -450,6 +450,29 @@ class Corruption:
                 other = x[(i + further) % len(x)]
                 damaged[i] = damage_once(damaged[i], names[k], self.strength, self.radius, generator, other)
         return Damaged(damaged, visible_change(x, damaged))
+
+# %% ../nbs/04_corrupt.ipynb #77ed21e6
+def lint(
+    x: torch.Tensor,  # (B,C,H,W) in [0,1]
+    share: float = 0.3,  # of the pictures that get any
+    generator: torch.Generator | None = None,  # source of chance, on the device of x
+    most: int = 3,  # specks on one picture
+    beads: int = 10,  # spots in a row that make one speck
+) -> torch.Tensor:
+    "Specks and short fibres, bright ones mostly, at most fourteen pixels of 256 long, on some pictures: (B,C,H,W). x is left as it was."
+    chosen = (torch.rand(len(x), generator=generator, device=x.device) < share).nonzero()[:, 0]
+    some, scale = x[chosen], min(x.shape[-2:]) / 256
+    chance = partial(torch.rand, len(some), most, 1, generator=generator, device=x.device)
+    long, along = chance() ** 3, torch.linspace(-0.5, 0.5, beads, device=x.device)
+    angle = 2 * math.pi * chance() + 3 * (chance() - 0.5) * along
+    step = 14 / 256 / beads * long
+    row, column = chance() + (step * angle.sin()).cumsum(-1), chance() + (step * angle.cos()).cumsum(-1)
+    width = ((0.45 + 0.5 * chance()) * (1 - 0.5 * long) * scale).expand_as(row)
+    there = (chance() < torch.tensor([1.0, *[0.4] * (most - 1)], device=x.device)[:, None]).float().expand_as(row)
+    mask = _spots(some, *(t.flatten(1) for t in (row, column, width, there))).clamp(max=1)
+    bright, dark = _uniform(len(some), 0.7, 1, x, generator), _uniform(len(some), 0, 0.4, x, generator)
+    grey = torch.where(_uniform(len(some), 0, 1, x, generator) < 0.8, bright, dark).expand_as(some)
+    return x.index_copy(0, chosen, torch.lerp(some, grey, mask * _uniform(len(some), 0.5, 1, x, generator)))
 
 # %% ../nbs/04_corrupt.ipynb #9ace9ec2
 def _place(x, generator=None):

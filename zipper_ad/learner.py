@@ -30,7 +30,7 @@ from zipper_ad.callbacks import (
 from .config import Config
 from .core import InputError, import_torchvision, pick_device, set_seed, show_images
 from .corrupt import MIXTURES, RADII, Corruption
-from .data import AnomalyDataset, Augment, anomaly_dls, split_normals
+from .data import AnomalyDataset, Augment, anomaly_dls, find_pose, split_normals
 from .losses import PerceptualLoss
 from .models.head import Restorer
 
@@ -116,7 +116,7 @@ def training_callbacks(
     precision = pick_precision(c.precision, device)
     logger.info("training on %s in %s", device, precision)
     callbacks = [
-        CorruptionCallback(make_corruption(config), d.restore, config.seed, d.ramp),
+        CorruptionCallback(make_corruption(config), d.restore, config.seed, d.ramp, d.lint),
         ScheduleCallback(c.lr, c.minutes, c.warmup),
         GradientClip(c.clip),
         EarlyStoppingCallback("damage_auprc", comp=np.greater, patience=c.patience),
@@ -216,7 +216,9 @@ def make_dls(
     d = config.data
     dataset = AnomalyDataset(d.root, "train", size=d.size, channels=d.channels, cache=d.cache)
     split = split_three(dataset, d.held_out, config.seed)
-    augment = Augment(d.flip_horizontal, d.flip_vertical, d.shift, d.brightness, d.contrast)
+    pose = find_pose(dataset.batch(split.train[:100]))[0] if d.pose == "auto" else d.pose
+    logger.info("the parts are taken to be %s", pose)
+    augment = Augment(d.flip_horizontal, d.flip_vertical, d.shift, d.brightness, d.contrast, pose == "turned")
     device = pick_device(config.train.device)
     return dataset, split, anomaly_dls(dataset, split.train, split.valid, config.train.bs, augment, config.seed, device)
 
