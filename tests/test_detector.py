@@ -297,11 +297,19 @@ def test_which_maps_make_the_score(settings, kinds):
 
 
 def test_each_map_has_its_calibration():
-    detector = fitted("score.map=damage+ssim")
-    assert list(detector.locations) == ["damage", "ssim"] and not fitted("score.calibrate=false").locations
+    detector = fitted("score.map=damage+ssim+l1")
+    assert list(detector.locations) == ["damage", "ssim", "l1"] and not fitted("score.calibrate=false").locations
+    _, *maps = detector.raw_maps(zippers(2))
+    damage, *errors = (detector.locations[k](m) for k, m in zip(detector.map_kinds, maps, strict=True))
+    assert torch.allclose(detector.maps_and_scores(zippers(2))[0], (damage + torch.maximum(*errors)) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", ["damage", "ssim", "ssim+l1"])
+def test_one_witness_is_not_averaged(kinds):
+    detector = fitted(f"score.map={kinds}")
     _, *maps = detector.raw_maps(zippers(2))
     parts = [detector.locations[k](m) for k, m in zip(detector.map_kinds, maps, strict=True)]
-    assert torch.allclose(detector.maps_and_scores(zippers(2))[0], torch.maximum(*parts), atol=1e-6)
+    assert torch.allclose(detector.maps_and_scores(zippers(2))[0], torch.stack(parts).amax(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["l1", "ssim", "damage+ssim"])

@@ -109,7 +109,7 @@ def measure(run: Path, data: Path) -> dict:
     for name, wanted in ALONE.items():
         if not all(k in kinds for k in wanted.split("+")):
             continue
-        good, maps = (fuse([m[k] for k in wanted.split("+")]) for m in (held_out, tested))
+        good, maps = (witnesses(m, wanted.split("+")) for m in (held_out, tested))
         facts = {}
         for rate in (0.05, 0.01):
             refitted.config.score.target_fpr, refitted.threshold = rate, threshold_of(pool(good), rate)
@@ -122,14 +122,21 @@ def measure(run: Path, data: Path) -> dict:
                           "pixel_auroc": pixel.get("auroc"), "aupro": pixel.get("aupro"),
                           "per_defect": {k: v["auroc"] for k, v in figures["per_defect"].items()}}
         alone[name] = facts
-    strict = threshold_of(pool(fuse(list(held_out.values()))), 0.01)
-    scores = pool(fuse(list(tested.values()))).numpy()
+    strict = threshold_of(pool(witnesses(held_out, kinds)), 0.01)
+    scores = pool(witnesses(tested, kinds)).numpy()
     labels = np.asarray(test.labels, bool)
     metrics["at_1_percent"] = {"promised_fpr": strict.promised_fpr, "recall": float((scores[labels] > strict.value).mean()),
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
-    mean = torch.stack(list(tested.values())).mean(0)
-    alone["mean of all"] = {"image_auroc": float(roc_auc_score(labels, pool(mean).numpy()))}
+    for name, fused in (("mean of all", torch.stack(list(tested.values())).mean(0)), ("largest of all", fuse(list(tested.values())))):
+        alone[name] = {"image_auroc": float(roc_auc_score(labels, pool(fused).numpy()))}
     return metrics | {"maps_alone": alone}
+
+
+def witnesses(maps: dict, kinds: list[str]):
+    "The maps of these kinds fused as the detector does it."
+    from zipper_ad.score import fuse
+
+    return fuse([maps[k] for k in kinds if k != "damage"], [maps[k] for k in kinds if k == "damage"])
 
 
 def ensemble(runs: list[Path], data: Path) -> dict:

@@ -215,6 +215,7 @@ PRESETS = {
     ("diffusion", "quick"): {
         "model": {
             "widths": [32, 64, 128, 128], "convolutions": 1, "dropout": 0.0, "attention": False, "fold": 2, "condition": True, "passes": 1,
+            "start": 0.1,
         },
         "train": {"epochs": 40, "minutes": 60.0, "ema": 0.99},
     },

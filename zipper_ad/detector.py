@@ -128,7 +128,8 @@ def maps_and_scores(
     images, *maps = self.raw_maps(x)
     if self.locations:
         maps = [self.locations[k](m) for k, m in zip(self.map_kinds, maps, strict=True)]
-    fused = fuse(maps)
+    judged = dict(zip(self.map_kinds, maps, strict=True))
+    fused = fuse([m for k, m in judged.items() if k != "damage"], [m for k, m in judged.items() if k == "damage"])
     return fused, pool(fused, self.config.score.pool, self.config.score.topk), images
 
 # %% ../nbs/32_detector.ipynb #7064e086

@@ -201,12 +201,13 @@ def calibrate(
 
 # %% ../nbs/30_score.ipynb #a80eaa9a
 def fuse(
-    maps: list[torch.Tensor],  # calibrated maps (B,1,H,W), on the scale of surprise
+    *witnesses: list[torch.Tensor],  # for each witness its calibrated maps (B,1,H,W), on the scale of surprise; empty ones are left out
 ) -> torch.Tensor:
-    "The largest of the maps at each place: (B,1,H,W). Raises `InputError` for no maps."
-    if not maps:
+    "The largest map of each witness, and the mean of that over the witnesses: (B,1,H,W). Raises `InputError` for no maps."
+    largest = [torch.stack(maps).amax(0) for maps in witnesses if maps]
+    if not largest:
         raise InputError("no maps to fuse: name at least one kind of map.")
-    return torch.stack(maps).amax(0)
+    return torch.stack(largest).mean(0)
 
 # %% ../nbs/30_score.ipynb #7c716419
 def pool(
