@@ -502,33 +502,6 @@ def test_augment_shift_repeats_the_edge():
     assert len(out.unique(dim=0)) > 4  # each image its own
 
 
-def test_turned_pictures_lie_at_any_angle():
-    line = torch.linspace(-1, 1, 64)
-    bar = ((line[:, None].abs() < 0.05) & (line > 0) & (line < 0.8)).float().repeat(200, 1, 1, 1)  # from the centre to the right
-    out = Augment(0, 0, 0, 0, 0, turned=True)(bar, torch.Generator().manual_seed(0))[:, 0]
-    angles = torch.atan2((out * line[:, None]).sum((1, 2)), (out * line).sum((1, 2)))
-    assert out.min() >= 0 and out.max() <= 1
-    assert torch.histc(angles, 8, -torch.pi - 0.4, torch.pi + 0.4).min() > 4  # every eighth of the circle
-    quarters = (angles / (torch.pi / 2) - (angles / (torch.pi / 2)).round()).abs() < 0.01
-    assert 0.4 < quarters.float().mean() < 0.62  # half of them to the pixel
-    for i in quarters.nonzero()[:5, 0]:
-        assert set(out[i].unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(Augment(0, 0, 0, 0, 0)(bar), bar)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_find_pose(channels):
-    rng = torch.Generator().manual_seed(0)
-    part = torch.zeros(1, channels, 48, 48)
-    part[..., 20:28, 6:40] = 0.8
-    part[..., 14:34, 6:12] = 0.5
-    aligned = (part + 0.05 * torch.rand(60, channels, 48, 48, generator=rng)).clamp(0, 1)
-    assert data.find_pose(aligned)[0] == "aligned"
-    assert data.find_pose(data.turn(aligned, 2 * torch.pi * torch.rand(60, generator=rng)))[0] == "turned"
-    assert data.find_pose(aligned[:7]) == ("aligned", float("inf"))  # too few to tell
-    assert data.find_pose(torch.zeros(20, channels, 48, 48))[0] == "aligned"
-
-
 def test_augment_brightness_and_contrast():
     xb = torch.rand(200, 1, 16, 16) * 0.2 + 0.4
     brighter = Augment(0, 0, 0, 0.1, 0)(xb) - xb

@@ -24,7 +24,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # A module imports from its own layer or a lower one, never from a higher one.
 LAYERS = {
     "core": 0, "config": 0,
-    "data": 1, "synth": 1, "corrupt": 1, "screw": 1,
+    "data": 1, "synth": 1, "corrupt": 1, "screw": 1, "pose": 1,
     "losses": 2, "models.base": 2, "models.cnn": 2, "models.resnet": 2, "models.vit": 2, "models.diffusion": 2, "models.head": 2,
     "learner": 3, "callbacks": 3,
     "score": 4, "metrics": 4,

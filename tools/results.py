@@ -95,7 +95,8 @@ def measure(run: Path, data: Path) -> dict:
     c, kinds = detector.config, detector.map_kinds
     normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
     split = split_three(normal, c.data.held_out, c.seed)
-    refitted = Detector.fit(detector.model, normal.batch(split.calibration), c, normal.batch(reference_indices(split)))
+    reference = normal.batch(reference_indices(split))
+    refitted = Detector.fit(detector.model, normal.batch(split.calibration), c, reference, upright=detector.upright)
     metrics, _, test = refitted.evaluate(data)
     masks = [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
 

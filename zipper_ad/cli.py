@@ -222,7 +222,7 @@ def _train(config, folder: Path):
     save_config(config, folder / "config.yaml")
     detector = Detector.fit(
         learn, dataset.batch(split.calibration), config, reference=dataset.batch(reference_indices(split)),
-        fingerprint=fingerprint([dataset.items[i] for i in split.train]), device=learn.dls.device,
+        fingerprint=fingerprint([dataset.items[i] for i in split.train]), upright=learn.dls.upright, device=learn.dls.device,
     )
     detector.save(folder)
     logger.info("trained on %d normal pictures, threshold %.4g from %d others", len(split.train), detector.threshold.value,

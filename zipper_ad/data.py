@@ -6,14 +6,13 @@
 __all__ = ['IMAGE_SUFFIXES', 'MIN_SIDE', 'MAX_PIXELS', 'MVTEC_PAGE', 'MVTEC_ZIPPER_URL', 'MVTEC_ZIPPER_SHA256',
            'MVTEC_ZIPPER_SIZE', 'MVTEC_LICENCE', 'to_uint8', 'from_pil', 'read_image', 'to_tensor', 'list_images',
            'Item', 'find_items', 'content_hash', 'fingerprint', 'cache_folder', 'AnomalyDataset', 'split_normals',
-           'turn', 'Augment', 'find_pose', 'anomaly_dls', 'fetch_mvtec', 'DataReport', 'check_data']
+           'Augment', 'anomaly_dls', 'fetch_mvtec', 'DataReport', 'check_data']
 
 # %% ../nbs/02_data.ipynb #eaf3bd55
 import contextlib
 import hashlib
 import json
 import lzma
-import math
 import os
 import re
 import shutil
@@ -37,7 +36,6 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
@@ -582,27 +580,8 @@ def _lines(length, flip, shift):
     return torch.where(flip[:, None], length - 1 - moved, moved)
 
 # %% ../nbs/02_data.ipynb #469abf03
-def turn(
-    xb: torch.Tensor,  # (B,C,H,W) in [0, 1]
-    angles: torch.Tensor,  # (B,) in radians, counter-clockwise
-) -> torch.Tensor:
-    "The pictures turned about their centres, corners mirrored in, interpolated bicubically: (B,C,H,W) in [0, 1]."
-    (height, width), cos, sin = xb.shape[-2:], angles.cos().to(xb), angles.sin().to(xb)
-    rows = [torch.stack([cos, -sin * height / width, 0 * cos], 1), torch.stack([sin * width / height, cos, 0 * cos], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), xb.shape, align_corners=False)
-    return F.grid_sample(xb, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp_(0, 1)
-
-# %% ../nbs/02_data.ipynb #21f44227
-def _any_angle(xb, u):
-    "Pictures (B,C,S,S) turned: where u (B,) in [0, 1) is below a half by a quarter turn or none, else by any angle."
-    out = torch.stack([x.rot90(int(8 * v), (-2, -1)) for x, v in zip(xb, u.tolist(), strict=True)])
-    if (far := u >= 0.5).any():
-        out[far.to(out.device)] = turn(xb[far.to(xb.device)], 4 * torch.pi * u[far])
-    return out
-
-# %% ../nbs/02_data.ipynb #a9f04a0b
 class Augment:
-    """Random flips, turns, shifts, brightness and contrast for a batch (B,C,H,W) in [0, 1]. Each image gets its own,
+    """Random flips, shifts, brightness and contrast for a batch (B,C,H,W) in [0, 1]. Each image gets its own,
     and the batch is left as it was."""
 
     def __init__(
@@ -612,12 +591,11 @@ class Augment:
         shift: float = 0.02,  # farthest shift each way, as a share of the side; whole pixels
         brightness: float = 0.05,  # most added or taken away, in units of the full range
         contrast: float = 0.1,  # farthest the distance from the image's mean is stretched or shrunk, as a share
-        turned: bool = False,  # turn each image by any angle, see `find_pose`
     ):
-        self.flip_horizontal, self.flip_vertical, self.turned = flip_horizontal, flip_vertical, turned
+        self.flip_horizontal, self.flip_vertical = flip_horizontal, flip_vertical
         self.shift, self.brightness, self.contrast = shift, brightness, contrast
 
-# %% ../nbs/02_data.ipynb #3bddcb9c
+# %% ../nbs/02_data.ipynb #0463b4d0
 @patch
 def __call__(
     self: Augment,
@@ -634,36 +612,7 @@ def __call__(
     offset = (sway[3] * self.brightness).view(-1, 1, 1, 1).to(xb.device)
     mean = xb.mean((1, 2, 3), keepdim=True)
     out = _look_up(xb, rows.to(xb.device), columns.to(xb.device))
-    if self.turned:
-        out = _any_angle(out, torch.rand(n, generator=generator))
     return torch.addcmul(mean * (1 - scale) + offset, out, scale).clamp_(0, 1)
-
-# %% ../nbs/02_data.ipynb #02c9528f
-def find_pose(
-    images: torch.Tensor,  # (N,C,H,W) in [0, 1], N ≥ 2 pictures of good parts
-    angles: Sequence[float] = (40, 90, 130),  # to try, in degrees
-    size: int = 32,  # side that the pictures are reduced to
-    tolerance: float = 3.0,  # how much farther a turned picture may be from the nearest other one, when the parts are turned
-) -> tuple[str, float]:
-    "('turned' or 'aligned', ratio of the distances): do parts lie at any angle? Too few to tell, or all unlike: aligned, and infinity."
-    if len(images) < 8:
-        return "aligned", float("inf")
-    grey = F.interpolate(images.float().mean(1, keepdim=True), (2 * size, 2 * size), mode="area")
-    line = (torch.arange(size) + 0.5) * 2 / size - 1
-    disc = line[:, None] ** 2 + line**2 < 0.95
-
-    def features(pictures):
-        f = F.avg_pool2d(pictures, 2)[:, 0, disc]
-        f = f - f.mean(1, keepdim=True)
-        return f / f.norm(dim=1, keepdim=True).clamp(min=1e-6)
-
-    whole, itself = features(grey), torch.eye(len(grey)) * 4
-    as_is = (torch.cdist(whole, whole) + itself).amin(1)
-    turned = [(torch.cdist(features(turn(grey, torch.full((len(grey),), math.radians(a)))), whole) + itself).amin(1) for a in angles]
-    ratio = float((torch.stack(turned).amax(0) / as_is.clamp(min=1e-6)).median())
-    if not 1e-4 < as_is.median() < 1:  # all the same, or none like another, as with a texture: a turned one cannot be told either
-        return "aligned", float("inf")
-    return "turned" if ratio < tolerance else "aligned", ratio
 
 # %% ../nbs/02_data.ipynb #f52b52ee
 class _Batches:

@@ -30,6 +30,7 @@ from .corrupt import probe
 from .data import AnomalyDataset, fingerprint, from_pil, list_images, read_image, to_tensor
 from .models.base import read_weights
 from .models.head import Restorer
+from .pose import Upright, turn, turn_back
 from zipper_ad.score import (
     ERROR_KINDS,
     LocationCalibration,
@@ -99,6 +100,7 @@ class Detector:
         self.model.to(self.device)
         self.map_kinds = choose_maps(config)
         self.locations: dict[str, LocationCalibration] = {}  # for each kind of map, what is normal at each place
+        self.upright: Upright | None = None  # turns parts that lie at any angle
         self.threshold: Threshold | None = None  # above it a picture is anomalous
         self.pixel_threshold = float("nan")  # above it a pixel is marked
         self.map_scale = (0.0, 1.0)  # colour range for maps, from normal pictures
@@ -110,10 +112,13 @@ class Detector:
 def raw_maps(
     self: Detector,
     x: torch.Tensor,  # (B,C,H,W) in [0,1]
+    pose: torch.Tensor | None = None,  # (B,3) how the parts lie, if it is known; only for parts that lie at any angle
 ) -> tuple[torch.Tensor, ...]:
-    "Reconstructions (B,C,H,W), then a smoothed map (B,1,H,W) of each of `map_kinds`, before calibration; all on the CPU."
+    "Reconstructions (B,C,H,W), then a smoothed map (B,1,H,W) of each of `map_kinds`, before calibration; on the CPU, parts upright."
     with torch.inference_mode():
         x = x.to(self.device)
+        if self.upright:
+            x = turn(x, self.upright.find(x) if pose is None else pose)
         restored = self.model(x)
         maps = [restored.logit.sigmoid() if k == "damage" else error_map(x, restored.image, k) for k in self.map_kinds]
         return restored.image.float().cpu(), *(smooth(m.float(), self.config.score.sigma).cpu() for m in maps)
@@ -125,12 +130,16 @@ def maps_and_scores(
     x: torch.Tensor,  # (B,C,H,W) in [0,1]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Anomaly maps (B,1,H,W), scores (B,) and reconstructions (B,C,H,W)."
-    images, *maps = self.raw_maps(x)
+    pose = self.upright.find(x) if self.upright else None
+    images, *maps = self.raw_maps(x, pose)
     if self.locations:
         maps = [self.locations[k](m) for k, m in zip(self.map_kinds, maps, strict=True)]
     judged = dict(zip(self.map_kinds, maps, strict=True))
     fused = fuse([m for k, m in judged.items() if k != "damage"], [m for k, m in judged.items() if k == "damage"])
-    return fused, pool(fused, self.config.score.pool, self.config.score.topk), images
+    scores = pool(fused, self.config.score.pool, self.config.score.topk)
+    if self.upright:
+        fused, images = turn_back(fused, pose), turn_back(images, pose)
+    return fused, scores, images
 
 # %% ../nbs/32_detector.ipynb #7064e086
 def _score_in_batches(function, x, size=16):
@@ -146,6 +155,7 @@ def fit(
     config: Config,  # the run's settings
     reference: torch.Tensor | None = None,  # other held-out normals, to calibrate places; None: two fifths of `normals` are split off
     fingerprint: str = "",  # of the training pictures
+    upright: Upright | None = None,  # what turns parts upright, where they lie at any angle
     device: str | torch.device | None = "cpu",  # where to compute
 ) -> Detector:
     "A detector with calibration and threshold. Raises `InputError` where there are no normals to calibrate on."
@@ -155,7 +165,7 @@ def fit(
     if len(normals) == 0 or (config.score.calibrate and len(reference) < 2):
         raise InputError("no normal images to calibrate on: raise data.held_out, or give more photographs of good parts.")
     self = cls(getattr(model, "model", model), config, device)
-    self.data_fingerprint = fingerprint
+    self.data_fingerprint, self.upright = fingerprint, upright
     if config.score.calibrate:
         probed = probe(reference, torch.Generator(reference.device).manual_seed(config.seed)).image
         (_, *maps), (_, *probed) = (_score_in_batches(self.raw_maps, x) for x in (reference, probed))
@@ -345,6 +355,8 @@ def save(
     "Write the detector, each file atomically; the weights first, so that a detector.json always has its weights."
     folder = Path(folder)
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+    if self.upright:
+        tensors["upright.template"] = self.upright.template.cpu().contiguous()
     for kind, location in self.locations.items():
         tensors |= {f"location.{kind}.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in location.state_dict().items()}
     with atomic_path(folder / "weights.safetensors") as temporary:
@@ -407,6 +419,8 @@ def _rebuild(cls, facts, tensors, device) -> Detector:
     self = cls(model, config, device)
     if config.score.calibrate:
         self.locations = {k: LocationCalibration.from_state(_location(tensors, k)) for k in self.map_kinds}
+    if config.data.pose == "turned":
+        self.upright = Upright(tensors["upright.template"])
     _read_limits(self, facts)
     self.data_fingerprint = facts["data_fingerprint"]
     return self

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'NormalSplit', 'split_three', 'reference_indices', 'decay_groups', 'make_corruption', 'loss_weights',
-           'training_callbacks', 'check_losses', 'ae_learner', 'make_dls', 'train_autoencoder']
+           'training_callbacks', 'check_losses', 'ae_learner', 'learn_upright', 'make_dls', 'train_autoencoder']
 
 # %% ../nbs/20_learner.ipynb #cefaf1f7
 import dataclasses
@@ -30,9 +30,10 @@ from zipper_ad.callbacks import (
 from .config import Config
 from .core import InputError, import_torchvision, pick_device, set_seed, show_images
 from .corrupt import MIXTURES, RADII, Corruption
-from .data import AnomalyDataset, Augment, anomaly_dls, find_pose, split_normals
+from .data import AnomalyDataset, Augment, anomaly_dls, split_normals
 from .losses import PerceptualLoss
 from .models.head import Restorer
+from .pose import Upright, UprightPictures, find_pose
 
 # %% ../nbs/20_learner.ipynb #b3a1686f
 import_torchvision()
@@ -209,6 +210,20 @@ def find_lr(
         return self.lr_find(**kwargs)
 
 # %% ../nbs/20_learner.ipynb #09727a2f
+def learn_upright(
+    dataset: AnomalyDataset,  # normal pictures
+    split: NormalSplit,  # from `split_three`
+    config: Config,  # the run's settings; `data.pose` is settled if it is auto
+    most: int = 48,  # training pictures to look at
+) -> Upright | None:
+    "What turns the parts upright; None where they are aligned."
+    some = dataset.batch(split.train[:most])
+    if config.data.pose == "auto":
+        config.data.pose, ratio = find_pose(some)
+        logger.info("the parts are taken to be %s (data.pose): a turned one is %.1f times as far from the next", config.data.pose, ratio)
+    return Upright().fit(some) if config.data.pose == "turned" else None
+
+# %% ../nbs/20_learner.ipynb #60996011
 def make_dls(
     config: Config,  # the run's settings; `data.root` must be set
 ):
@@ -216,11 +231,15 @@ def make_dls(
     d = config.data
     dataset = AnomalyDataset(d.root, "train", size=d.size, channels=d.channels, cache=d.cache)
     split = split_three(dataset, d.held_out, config.seed)
-    pose = find_pose(dataset.batch(split.train[:100]))[0] if d.pose == "auto" else d.pose
-    logger.info("the parts are taken to be %s", pose)
-    augment = Augment(d.flip_horizontal, d.flip_vertical, d.shift, d.brightness, d.contrast, pose == "turned")
+    augment = Augment(d.flip_horizontal, d.flip_vertical, d.shift, d.brightness, d.contrast)
     device = pick_device(config.train.device)
-    return dataset, split, anomaly_dls(dataset, split.train, split.valid, config.train.bs, augment, config.seed, device)
+    upright = learn_upright(dataset, split, config)
+    if upright:
+        augment = Augment(0, 0, d.shift, d.brightness, d.contrast)
+    pictures = UprightPictures(dataset, upright) if upright else dataset
+    dls = anomaly_dls(pictures, split.train, split.valid, config.train.bs, augment, config.seed, device)
+    dls.upright = upright
+    return dataset, split, dls
 
 
 def train_autoencoder(
