@@ -2,17 +2,16 @@
 
     python tools/results.py [photographs=DIR] [runs=runs/results] [jobs=1] [list=true] [PATTERN …]
     python tools/results.py measure=RUN data=DIR out=FILE
-    python tools/results.py ensemble=RUN,RUN,… data=DIR out=FILE
 
 PATTERN is a row's name or a pattern such as "main-cnn-*"; without one, all rows are made, in order. Rows on rendered pictures need
 nothing; rows on real ones need photographs=DIR, a folder in MVTec's layout. Each row trains with the settings it names, on one
 processor thread (so that `jobs` rows can run side by side), measures on the test folder, and writes what `zipper_ad evaluate`
 writes, with the settings, the minutes and the same figures for each map alone and for all reconstruction maps without the damage
-map. These score the same network, calibrated on the same held-out normals; they train nothing. `measure` does the same for any run,
-and `ensemble` judges by the mean of several runs' anomaly maps, which are on one scale; the runs must share data, size and seed.
+map. These score the same network, calibrated on the same held-out normals; they train nothing. `measure` does the same for any run.
 
-The groups: `main` is the table of families; `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time
-and over the number of training pictures; `damage` leaves one kind of damage out at a time.
+The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
+`head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
+pictures; `damage` leaves one kind of damage out at a time.
 """
 
 import fnmatch
@@ -48,7 +47,10 @@ def rows() -> dict[str, dict]:
     for kind in ALIGNED:
         others = "{" + ", ".join(f"{k}: {w}" for k, w in ALIGNED.items() if k != kind) + "}"
         table[f"damage-without-{kind}-zippers"] = ("zippers", ["model=cnn", f"damage.kinds={others}", *SMALL])
-    return {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
+    ready = {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
+    for d in ("photographs", "zippers"):
+        ready[f"ensemble-{d}-seed0"] = {"data": d, "settings": [], "members": [f"main-{f}-{d}-seed0" for f in FAMILIES[:3]]}
+    return ready
 
 
 def folder_of(data: str, photographs: str | None, runs: Path) -> Path:
@@ -153,8 +155,6 @@ def ensemble(runs: list[Path], data: Path) -> dict:
 
     detectors = [Detector.load(run) for run in runs]
     c = detectors[0].config
-    if any((d.config.data, d.config.seed) != (c.data, c.seed) for d in detectors):
-        raise SystemExit("the runs of an ensemble must have been trained on the same pictures, of one size, with one seed")
     normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
     test = AnomalyDataset(data, "test", size=c.data.size, channels=c.data.channels)
 
@@ -166,7 +166,7 @@ def ensemble(runs: list[Path], data: Path) -> dict:
     maps, threshold = judged(test, range(len(test))), threshold_of(good, c.score.target_fpr)
     masks = [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
     figures = evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), masks, threshold.value, 1000)
-    return {"members": [f"{d.config.model.name}, seed {d.config.seed}" for d in detectors]} | figures
+    return figures
 
 
 def threshold_of(scores, rate):
@@ -179,21 +179,32 @@ def threshold_of(scores, rate):
     return conformal_threshold(scores.numpy(), rate)
 
 
-def make(name: str, row: dict, photographs: str | None, runs: Path):
-    "Train, if that was not done before, measure, and write the row."
+def trained(name: str, row: dict, data: Path, runs: Path) -> tuple[Path, list[str]]:
+    "The run of a row, trained if that was not done before, and its settings."
     from zipper_ad.cli import main as zipper_ad
-    from zipper_ad.cli import write_json
 
-    data, run = folder_of(row["data"], photographs, runs), runs / name
-    settings = [*row["settings"], "train.threads=1"]
+    run, settings = runs / name, [*row["settings"], "train.threads=1"]
     if not (run / "detector.json").exists():
         start = time.monotonic()
         if zipper_ad(["train", f"data={data}", f"out={run}", *settings]):
             raise SystemExit(f"{name}: training failed")
         (run / "minutes.txt").write_text(f"{(time.monotonic() - start) / 60:.1f}")
-    facts = measure(run, data)
-    how = {"made_by": f"python tools/results.py photographs=DIR {name}", "row": name, "data": row["data"], "settings": settings,
-           "train_minutes_one_thread": float((run / "minutes.txt").read_text()), "epochs": sum(1 for _ in (run / "history.csv").open()) - 1}
+    return run, settings
+
+
+def make(name: str, row: dict, photographs: str | None, runs: Path):
+    "Train, measure, and write the row."
+    from zipper_ad.cli import write_json
+
+    how, data = {"made_by": f"python tools/results.py photographs=DIR {name}", "row": name}, folder_of(row["data"], photographs, runs)
+    if "members" in row:
+        facts = ensemble([trained(m, rows()[m], data, runs)[0] for m in row["members"]], data)
+        how |= {"data": row["data"], "members": row["members"]}
+    else:
+        run, settings = trained(name, row, data, runs)
+        facts, epochs = measure(run, data), sum(1 for _ in (run / "history.csv").open()) - 1
+        minutes = float((run / "minutes.txt").read_text())
+        how |= {"data": row["data"], "settings": settings, "train_minutes_one_thread": minutes, "epochs": epochs}
     write_json(how | facts, Path("results") / f"{name}.json")
 
 
@@ -202,12 +213,7 @@ def main(arguments: list[str]):
     patterns = [a for a in arguments if "=" not in a] or ["*"]
     runs, table = Path(options.get("runs", "runs/results")), rows()
     names = [n for n in table if any(fnmatch.fnmatch(n, p) for p in patterns) and not (Path("results") / f"{n}.json").exists()]
-    if options.get("ensemble"):
-        from zipper_ad.cli import write_json
-
-        runs = [Path(r) for r in options["ensemble"].split(",")]
-        write_json({"made_by": "python tools/results.py " + " ".join(arguments)} | ensemble(runs, Path(options["data"])), options["out"])
-    elif options.get("measure"):
+    if options.get("measure"):
         from zipper_ad.cli import write_json
 
         made_by = {"made_by": "python tools/results.py " + " ".join(arguments)}
@@ -234,11 +240,12 @@ def summary(name: str) -> str:
     import json
 
     row = json.loads((Path("results") / f"{name}.json").read_text())
-    alone = row["maps_alone"].get("reconstruction", {}).get("image_auroc")
+    alone = row.get("maps_alone", {}).get("reconstruction", {}).get("image_auroc")
     pixel = row["pixel"] or {}
     figures = {"image": row["image"]["auroc"], "pixel": pixel.get("auroc"), "PRO": pixel.get("aupro"), "reconstruction alone": alone}
     told = "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if v is not None)
-    return f"{name:34s} {told}  {row['train_minutes_one_thread']:.1f} min, {row['epochs']} epochs"
+    trained = f"  {row['train_minutes_one_thread']:.1f} min, {row['epochs']} epochs" if "epochs" in row else ""
+    return f"{name:34s} {told}{trained}"
 
 
 if __name__ == "__main__":
