@@ -192,3 +192,20 @@ def test_a_useless_map_does_little_harm():
 
     good, noise = calibrate(good[:200])(good), calibrate(noise[:200])(noise)
     assert auroc(noise) < 0.6 and auroc(fuse([good, noise])) > auroc(good) - 0.06
+
+
+def test_surprise_beyond_what_the_pictures_can_tell_grows_slowly():
+    maps = torch.randn(50, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    calibration = calibrate(maps)
+    assert calibration.limit == pytest.approx(np.log(51))
+    steps = calibration(torch.linspace(-3, 60, 500).view(-1, 1, 1, 1).expand(-1, 1, 16, 16))[:, 0, 8, 8]
+    free = LocationCalibration.from_state({k: v for k, v in calibration.state_dict().items() if k != "limit"})  # an older folder
+    unlimited = free(torch.linspace(-3, 60, 500).view(-1, 1, 1, 1).expand(-1, 1, 16, 16))[:, 0, 8, 8]
+    assert (steps.diff() > 0).all()  # the order stays
+    below = unlimited <= calibration.limit
+    assert below.any() and not below.all() and torch.allclose(steps[below], unlimited[below])
+    assert torch.allclose(steps[~below], calibration.limit + (unlimited[~below] - calibration.limit).log1p(), atol=1e-4)
+    again = LocationCalibration.from_state(calibration.state_dict())
+    assert torch.equal(again(maps), calibration(maps))
+    with pytest.raises(InputError, match="limit"):
+        LocationCalibration.from_state(calibration.state_dict() | {"limit": np.array([-1.0], dtype=np.float32)})

@@ -409,7 +409,8 @@ def load(
 
 # %% ../nbs/32_detector.ipynb #57579d30
 def _location(tensors, kind) -> dict[str, np.ndarray]:
-    return {k: tensors[f"location.{kind}.{k}"].numpy() for k in ("mean", "spread", "tail")}
+    keys = {k: f"location.{kind}.{k}" for k in ("mean", "spread", "tail", "limit")}
+    return {k: tensors[name].numpy() for k, name in keys.items() if name in tensors or k != "limit"}  # older folders have no limit
 
 
 def _rebuild(cls, facts, tensors, device) -> Detector:

@@ -78,21 +78,22 @@ class LocationCalibration:
     ):
         self.sigma, self.floor = sigma, floor
         self.mean = self.spread = None
-        self.tail = 0.0  # how strongly large values are compressed, see `calibrate`
+        self.tail, self.limit = 0.0, math.inf  # how strongly large values are compressed, and beyond which value more so, see `calibrate`
 
     def __call__(
         self,
         maps: torch.Tensor,  # (B,1,H,W), made as those that `fit` saw
     ) -> torch.Tensor:
-        "(maps − mean) / spread, its upper tail compressed if `tail` is set; (B,1,H,W). `InputError` before `fit`, or for another size."
+        "(maps − mean) / spread, compressed as `tail` and `limit` say; (B,1,H,W). `InputError` before `fit`, or for another size."
         if self.mean is None:
             raise InputError("the calibration by location was never fitted: call fit with maps of normal images first.")
         if maps.shape[1:] != self.mean.shape:
             raise InputError(f"maps {tuple(maps.shape[1:])} do not fit a calibration for {tuple(self.mean.shape)}: fit again.")
         deviations = (maps - self.mean.to(maps)) / self.spread.to(maps)
-        if not self.tail:
-            return deviations
-        return torch.where(deviations > 0, (self.tail * deviations.clamp(min=0)).log1p() / self.tail, deviations)
+        if self.tail:
+            deviations = torch.where(deviations > 0, (self.tail * deviations.clamp(min=0)).log1p() / self.tail, deviations)
+        beyond = (deviations - self.limit).clamp(min=0)  # zero where the limit is infinite
+        return deviations - beyond + beyond.log1p()
 
 # %% ../nbs/30_score.ipynb #b6e3b686
 def _blend(maps: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -123,11 +124,11 @@ LONGEST_TAIL = 0.9
 
 @patch
 def state_dict(self: LocationCalibration) -> dict[str, np.ndarray]:
-    "Mean and spread as float32 arrays (1,H,W), and the tail, one number."
+    "Mean and spread as float32 arrays (1,H,W), tail and limit, one number each."
     if self.mean is None:
         raise InputError("the calibration by location was never fitted: there is nothing to keep.")
-    tail = np.array([self.tail], dtype=np.float32)
-    return {"mean": self.mean.float().cpu().numpy(), "spread": self.spread.float().cpu().numpy(), "tail": tail}
+    numbers = {k: np.array([getattr(self, k)], dtype=np.float32) for k in ("tail", "limit")}
+    return {"mean": self.mean.float().cpu().numpy(), "spread": self.spread.float().cpu().numpy()} | numbers
 
 # %% ../nbs/30_score.ipynb #60a7aa5d
 @patch(cls_method=True)
@@ -140,9 +141,10 @@ def from_state(
     if mean is None or spread is None or mean.shape != spread.shape or mean.ndim != 3 or not (spread > 0).all():
         raise InputError("the stored calibration by location is damaged: it must hold a mean and a positive spread. Fit again.")
     self = cls()
-    self.mean, self.spread, self.tail = mean, spread, float(np.ravel(state.get("tail", 0.0))[0])
-    if not 0 <= self.tail <= LONGEST_TAIL:
-        raise InputError(f"the stored calibration by location is damaged: its tail is {self.tail:g}. Fit again.")
+    self.mean, self.spread = mean, spread
+    self.tail, self.limit = (float(np.ravel(state.get(k, default))[0]) for k, default in (("tail", 0.0), ("limit", math.inf)))
+    if not 0 <= self.tail <= LONGEST_TAIL or not self.limit > 0:
+        raise InputError(f"the stored calibration by location is damaged: tail {self.tail:g}, limit {self.limit:g}. Fit again.")
     return self
 
 # %% ../nbs/30_score.ipynb #fccff279
@@ -194,7 +196,7 @@ def calibrate(
         (peaks, by_place), (other_peaks, alike) = (cross_validate(maps, s, probed) for s in (sigma, math.inf))
         if alike > by_place:
             calibration, peaks = LocationCalibration(math.inf).fit(maps), other_peaks
-    mu, width, calibration.tail = extreme_value_law(peaks)
+    (mu, width, calibration.tail), calibration.limit = extreme_value_law(peaks), math.log(len(maps) + 1)
     calibration.mean = calibration.mean + mu * calibration.spread
     calibration.spread = calibration.spread * width
     return calibration
