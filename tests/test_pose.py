@@ -1,15 +1,19 @@
 """Parts at any angle: found, turned upright, judged there, and turned back."""
 
+import hashlib
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zipper_ad.config import make_config
 from zipper_ad.core import InputError
 from zipper_ad.detector import Detector
 from zipper_ad.pose import Upright, UprightPictures, find_pose, turn, turn_back
+from zipper_ad.score import smooth
 from zipper_ad.synth import render_dataset
 
 SMALL = ["data.size=64", "model.widths=[4,8]", "model.latent=8", "model.head_widths=[4,8]", "train.epochs=1", "train.precision=fp32"]
@@ -35,8 +39,6 @@ def poses(n, seed=1, far=0.05):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_there_and_back(channels):
-    from zipper_ad.score import smooth
-
     x = smooth(parts(8, 1), 16).repeat(1, channels, 1, 1)
     pose = poses(8)
     again = turn_back(turn(x, pose), pose)
@@ -92,14 +94,14 @@ def trained_on_screws(screws):
 
 
 def test_training_finds_out(trained_on_screws, screws):
+    from zipper_ad.learner import make_dls
+
     learn, dataset, detector = trained_on_screws
     assert detector.config.data.pose == "turned" and isinstance(learn.dls.train_ds.dataset, UprightPictures)
     batch = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor).cpu()
     again = detector.upright.find(batch)  # what training saw was upright already
     assert again[:, 0].abs().max() < math.radians(3)
     for pose in ("aligned", "turned"):
-        from zipper_ad.learner import make_dls
-
         dls = make_dls(make_config([*SMALL, f"data={screws}", f"data.pose={pose}"]))[2]
         assert (dls.upright is None) == (pose == "aligned")
 
@@ -115,8 +117,6 @@ def test_maps_come_back_as_the_part_lay(trained_on_screws):
 
 
 def test_a_saved_detector_turns_alike(trained_on_screws, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     _, dataset, detector = trained_on_screws
     detector.save(tmp_path / "run")
     again = Detector.load(tmp_path / "run")
@@ -125,11 +125,8 @@ def test_a_saved_detector_turns_alike(trained_on_screws, tmp_path):
     tensors = load_file(tmp_path / "run/weights.safetensors")
     del tensors["upright.template"]
     save_file(tensors, tmp_path / "run/weights.safetensors")
-    facts = (tmp_path / "run/detector.json").read_text()
-    import hashlib
-    import json
-
-    facts = json.loads(facts) | {"weights_sha256": hashlib.sha256((tmp_path / "run/weights.safetensors").read_bytes()).hexdigest()}
+    facts = json.loads((tmp_path / "run/detector.json").read_text())
+    facts["weights_sha256"] = hashlib.sha256((tmp_path / "run/weights.safetensors").read_bytes()).hexdigest()
     (tmp_path / "run/detector.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match="train again"):
         Detector.load(tmp_path / "run")

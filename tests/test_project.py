@@ -202,7 +202,7 @@ def test_notebook_is_small(path):
     assert path.stat().st_size < 1_000_000, f"{path.name} is over 1 MB: smaller pictures, or fewer."
 
 
-PRIVATE = re.compile(r"/home/\w|/Users/\w|/work/\w|/root\b|[A-Z]:\\Users")
+PRIVATE = re.compile(r"/(?:(?:home|Users|work)/\w|root\b)|[A-Z]:\\Users")
 TEMPORARY = re.compile(r"/tmp/\w|/var/folders/")
 
 

@@ -81,43 +81,64 @@ def fewer(root: Path, n: int, runs: Path) -> Path:
     return part
 
 
+def refitted(run: Path):
+    "The detector of a run, calibrated anew by the present code; its normal pictures, and which of them set the threshold."
+    from zipper_ad.data import AnomalyDataset
+    from zipper_ad.detector import Detector
+    from zipper_ad.learner import reference_indices, split_three
+
+    detector = Detector.load(run)
+    c = detector.config
+    normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
+    split = split_three(normal, c.data.held_out, c.seed)
+    reference = normal.batch(reference_indices(split))
+    detector = Detector.fit(detector.model, normal.batch(split.calibration), c, reference, upright=detector.upright)
+    return detector, normal, split.calibration
+
+
+def masks_of(test) -> list:
+    "True where a test picture is faulty; None where that is not known."
+    return [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
+
+
+def batches(indices):
+    "The indices, about sixteen at a time."
+    import numpy as np
+
+    return np.array_split(indices, -(-len(indices) // 16))
+
+
 def measure(run: Path, data: Path) -> dict:
     "Figures of a trained run: as `evaluate` gives them, and for each map alone."
     import numpy as np
     import torch
     from sklearn.metrics import roc_auc_score
 
-    from zipper_ad.data import AnomalyDataset
-    from zipper_ad.detector import Detector
-    from zipper_ad.learner import reference_indices, split_three
+    from zipper_ad.detector import witnesses
     from zipper_ad.metrics import evaluate_scores
     from zipper_ad.score import fuse, pool
 
-    detector = Detector.load(run)
-    c, kinds = detector.config, detector.map_kinds
-    normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
-    split = split_three(normal, c.data.held_out, c.seed)
-    reference = normal.batch(reference_indices(split))
-    refitted = Detector.fit(detector.model, normal.batch(split.calibration), c, reference, upright=detector.upright)
-    metrics, _, test = refitted.evaluate(data)
-    masks = [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
+    detector, normal, calibration = refitted(run)
+    kinds = detector.map_kinds
+    metrics, _, test = detector.evaluate(data)
+    masks = masks_of(test)
 
     def surprises(dataset, indices):
-        parts = [[loc(m) for loc, m in zip(refitted.locations.values(), refitted.raw_maps(dataset.batch(i))[1:], strict=True)]
-                 for i in np.array_split(indices, -(-len(indices) // 16))]
+        parts = [[loc(m) for loc, m in zip(detector.locations.values(), detector.raw_maps(dataset.batch(i))[1:], strict=True)]
+                 for i in batches(indices)]
         return dict(zip(kinds, (torch.cat(m) for m in zip(*parts, strict=True)), strict=True))
 
-    held_out, tested = surprises(normal, split.calibration), surprises(test, range(len(test)))
+    held_out, tested = surprises(normal, calibration), surprises(test, range(len(test)))
     alone = {}
     for name, wanted in ALONE.items():
         if not all(k in kinds for k in wanted.split("+")):
             continue
-        good, maps = (witnesses(m, wanted.split("+")) for m in (held_out, tested))
+        good, maps = (fuse(*witnesses({k: m[k] for k in wanted.split("+")})) for m in (held_out, tested))
         facts = {}
         for rate in (0.05, 0.01):
-            refitted.config.score.target_fpr, refitted.threshold = rate, threshold_of(pool(good), rate)
-            figures = evaluate_scores(pool(maps), test.labels, test.kinds, refitted.threshold, maps[:, 0].numpy() if rate == 0.05 else None,
-                                      masks if rate == 0.05 else None, refitted.threshold.value, 1000 if rate == 0.05 else 0)
+            threshold = threshold_of(pool(good), rate)
+            figures = evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy() if rate == 0.05 else None,
+                                      masks if rate == 0.05 else None, threshold.value, 1000 if rate == 0.05 else 0)
             facts |= {f"recall_at_{rate:g}": figures["image"]["recall"], f"promised_at_{rate:g}": figures["threshold"]["promised_fpr"]}
             if rate == 0.05:
                 pixel = figures["pixel"] or {}
@@ -125,8 +146,8 @@ def measure(run: Path, data: Path) -> dict:
                           "pixel_auroc": pixel.get("auroc"), "aupro": pixel.get("aupro"),
                           "per_defect": {k: v["auroc"] for k, v in figures["per_defect"].items()}}
         alone[name] = facts
-    strict = threshold_of(pool(witnesses(held_out, kinds)), 0.01)
-    scores = pool(witnesses(tested, kinds)).numpy()
+    strict = threshold_of(pool(fuse(*witnesses(held_out))), 0.01)
+    scores = pool(fuse(*witnesses(tested))).numpy()
     labels = np.asarray(test.labels, bool)
     metrics["at_1_percent"] = {"promised_fpr": strict.promised_fpr, "recall": float((scores[labels] > strict.value).mean()),
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
@@ -135,38 +156,24 @@ def measure(run: Path, data: Path) -> dict:
     return metrics | {"maps_alone": alone}
 
 
-def witnesses(maps: dict, kinds: list[str]):
-    "The maps of these kinds fused as the detector does it."
-    from zipper_ad.score import fuse
-
-    return fuse([maps[k] for k in kinds if k != "damage"], [maps[k] for k in kinds if k == "damage"])
-
-
 def ensemble(runs: list[Path], data: Path) -> dict:
     "Figures of the mean of several detectors' anomaly maps, with a threshold from the mean on the held-out normals."
-    import numpy as np
     import torch
 
     from zipper_ad.data import AnomalyDataset
-    from zipper_ad.detector import Detector
-    from zipper_ad.learner import split_three
     from zipper_ad.metrics import evaluate_scores
     from zipper_ad.score import pool
 
-    detectors = [Detector.load(run) for run in runs]
-    c = detectors[0].config
-    normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
+    members = [refitted(run) for run in runs]
+    detectors, (first, normal, calibration) = [m[0] for m in members], members[0]
+    c = first.config
     test = AnomalyDataset(data, "test", size=c.data.size, channels=c.data.channels)
 
     def judged(dataset, indices):
-        batches = np.array_split(indices, -(-len(indices) // 16))
-        return torch.cat([torch.stack([d.maps_and_scores(dataset.batch(i))[0] for d in detectors]).mean(0) for i in batches])
+        return torch.cat([torch.stack([d.maps_and_scores(dataset.batch(i))[0] for d in detectors]).mean(0) for i in batches(indices)])
 
-    good = pool(judged(normal, split_three(normal, c.data.held_out, c.seed).calibration))
-    maps, threshold = judged(test, range(len(test))), threshold_of(good, c.score.target_fpr)
-    masks = [None if (m := test.get_anomaly_mask(i)) is None else m[0].numpy() > 0.5 for i in range(len(test))]
-    figures = evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), masks, threshold.value, 1000)
-    return figures
+    maps, threshold = judged(test, range(len(test))), threshold_of(pool(judged(normal, calibration)), c.score.target_fpr)
+    return evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), masks_of(test), threshold.value, 1000)
 
 
 def threshold_of(scores, rate):
@@ -244,8 +251,8 @@ def summary(name: str) -> str:
     pixel = row["pixel"] or {}
     figures = {"image": row["image"]["auroc"], "pixel": pixel.get("auroc"), "PRO": pixel.get("aupro"), "reconstruction alone": alone}
     told = "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if v is not None)
-    trained = f"  {row['train_minutes_one_thread']:.1f} min, {row['epochs']} epochs" if "epochs" in row else ""
-    return f"{name:34s} {told}{trained}"
+    cost = f"  {row['train_minutes_one_thread']:.1f} min, {row['epochs']} epochs" if "epochs" in row else ""
+    return f"{name:34s} {told}{cost}"
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
-
+# %% ../nbs/01_config.ipynb #0100cbbe
 PRESETS = {
     ("cnn", "quick"): {
         "model": {"widths": [32, 64, 128, 128], "latent": 128, "dropout": 0.0, "skip": "add", "fold": 2},
@@ -205,6 +205,10 @@ PRESETS = {
         "train": {"epochs": 40, "minutes": 30.0},
     },
     ("resnet", "spec"): {"train": {"epochs": 150, "bs": 32, "lr": 1e-3, "minutes": 0.0}},
+}
+
+# %% ../nbs/01_config.ipynb #ab7c837e
+PRESETS |= {
     ("vit", "quick"): {
         "model": {
             "patch": 16, "width": 192, "heads": 4, "blocks": 4, "stem": "conv", "decoder": "cnn", "decoder_width": 256, "skip": "add",

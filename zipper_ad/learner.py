@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# %% ../nbs/20_learner.ipynb #afa6d05a
 from zipper_ad.callbacks import (
     AdversarialCallback,
     AutocastCallback,

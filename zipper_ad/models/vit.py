@@ -245,11 +245,11 @@ class ViTAutoencoder(BaseAutoencoder):
         super().__init__(config)
         c = check_vit(config)
         self.multiple = c.patch
-        conv, upsampling = c.stem == "conv", c.decoder == "cnn"
-        self.stem = ConvStem(c.channels, c.width, c.patch, c.decoder_width) if conv else LinearStem(c.channels, c.width, c.patch)
+        stem = (c.channels, c.width, c.patch)
+        self.stem = ConvStem(*stem, c.decoder_width) if c.stem == "conv" else LinearStem(*stem)
         self.mask_token = nn.Parameter(torch.randn(c.width) * 0.02) if c.hide else None
         self.transformer = Transformer(c.width, c.heads, c.blocks, c.dropout)
-        self.decoder = (CNNDecoder if upsampling else TransformerDecoder)(c.width, self.outputs, c)
+        self.decoder = (CNNDecoder if c.decoder == "cnn" else TransformerDecoder)(c.width, self.outputs, c)
 
     def encode(self, x, hidden=None):  # (B,C,H,W) in [0,1]; (B,1,h,w), True where a patch is hidden, None: in training by chance
         size, x = x.shape[-2:], pad_to_multiple(x, self.multiple) * 2 - 1
@@ -257,7 +257,7 @@ class ViTAutoencoder(BaseAutoencoder):
             grid = [side // self.multiple for side in x.shape[-2:]]
             hidden = draw_hidden(len(x), *grid, self.config.hide, x.device)
         tokens, skips = self.embed(x, hidden)
-        return Latent(self.transformer(tokens), skips if self.config.skip != "none" else (), size)
+        return Latent(self.transformer(tokens), () if self.config.skip == "none" else skips, size)
 
     def embed(self, x, hidden):
         if hidden is None:
