@@ -242,7 +242,7 @@ def make_dls(
     dls.upright = upright
     return dataset, split, dls
 
-
+# %% ../nbs/20_learner.ipynb #d1c2d729
 def train_autoencoder(
     config: Config,  # the run's settings; `data.root` must be set
     folder: str | Path | None = None,  # the run's folder, for checkpoints and history; None writes nothing

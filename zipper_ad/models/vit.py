@@ -243,8 +243,7 @@ class ViTAutoencoder(BaseAutoencoder):
 
     def __init__(self, config: ViTConfig):
         super().__init__(config)
-        c = check_vit(config)
-        self.multiple = c.patch
+        c, self.multiple = check_vit(config), config.patch
         stem = (c.channels, c.width, c.patch)
         self.stem = ConvStem(*stem, c.decoder_width) if c.stem == "conv" else LinearStem(*stem)
         self.mask_token = nn.Parameter(torch.randn(c.width) * 0.02) if c.hide else None
