@@ -117,7 +117,7 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-
+# %% ../../nbs/14_models.vit.ipynb #dc2b3174
 class Transformer(nn.Module):
     "Tokens on their grid (B,width,h,w), with positions, through blocks and a last layer norm: (B,width,h,w)."
 
