@@ -15,6 +15,7 @@ from zipper_ad.corrupt import (
     Corruption,
     Damaged,
     blob_mask,
+    busy_places,
     damage_once,
     damage_stats,
     find_piece,
@@ -36,6 +37,23 @@ MAKERS = {f"damage {k}": k for k in KINDS} | {f"probe {k}": k for k in PROBES}
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_busy_places_of_any_size(shape):
+    busy = busy_places(torch.rand(shape, generator=seeded()))
+    assert busy.shape == (shape[0], 1, 64, 64) and busy.flatten(1).any(1).all() and set(busy.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_damage_lies_on_the_part():
+    ground = 0.7 + 0.01 * torch.randn(64, 1, 128, 128, generator=seeded())
+    ground[..., 50:78, 30:100] = torch.rand(64, 1, 28, 70, generator=seeded(1))  # an eighth of the picture
+    masks = blob_mask(ground, generator=seeded(2))
+    rows, columns = ((masks.sum(d).flatten(1) * torch.arange(128)).sum(1) / masks.sum((1, 2, 3)) for d in (-1, -2))
+    on_part = ((rows - 64).abs() < 24) & ((columns - 65).abs() < 45)
+    assert on_part.float().mean() > 0.85
+    plain = blob_mask(torch.full_like(ground, 0.7), generator=seeded(2))
+    assert (plain.flatten(1).argmax(1) // 128 < 40).float().mean() > 0.15, "on a plain picture it may lie anywhere"
 
 
 def pictures(*shape, seed=0):
