@@ -225,7 +225,7 @@ def test_checkpoints(quick, tmp_path):
     learn, *_ = quick("train.epochs=4", folder=tmp_path)
     files = tmp_path / "checkpoints/best.safetensors", tmp_path / "checkpoints/last.safetensors"
     best, last = map(load_file, files)
-    assert set(f.name for f in files[0].parent.iterdir()) == {"best.safetensors", "last.safetensors"}
+    assert set(f.name for f in files[0].parent.iterdir()) == {"best.safetensors", "last.safetensors", "state.safetensors"}
     assert best.keys() == last.keys() == learn.model.state_dict().keys()
     assert equal(weights(learn), best)  # training ends with the best
     scores = [row["damage_auprc"] for row in history(tmp_path)]

@@ -268,12 +268,16 @@ class EMACallback(Callback):
     def before_fit(self):
         self.fitting = False  # fastai's `validate` begins with this event too, but never trains
 
+    def begin(self):
+        "Start with the weights as they are."
+        self.live = dict(self.model.state_dict())  # the tensors that the model computes with
+        self.mean = {k: v.clone() for k, v in self.live.items()}
+        self.averaged = {name for name, _ in self.model.named_parameters()}
+        self.raw, self.steps, self.fitting = None, 0, True
+
     def before_train(self):
         if not self.fitting:
-            self.live = dict(self.model.state_dict())  # the tensors that the model computes with
-            self.mean = {k: v.clone() for k, v in self.live.items()}
-            self.averaged = {name for name, _ in self.model.named_parameters()}
-            self.raw, self.steps, self.fitting = None, 0, True
+            self.begin()
         if self.raw is not None:
             self._put(self.raw)
             self.raw = None

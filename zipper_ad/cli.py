@@ -9,6 +9,7 @@ __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCH
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .config import make_config, nearest_name, parse_overrides, save_config
+from .config import load_config, make_config, nearest_name, parse_overrides, save_config
 from .core import InputError, atomic_path
 
 logger = logging.getLogger("zipper_ad")
@@ -175,11 +176,13 @@ def data_fetch(pairs):
     print(fetch_mvtec(out, **({"url": url} if url else {})))
 
 # %% ../nbs/50_cli.ipynb #72e5d26d
-def _open_run(out: str, overwrite: bool) -> Path:
+def _open_run(out: str, overwrite: bool, resume: bool = False) -> Path:
     "The run's folder, made if need be. Raises `InputError` where a detector would be lost or nothing can be written."
     folder = Path(out)
     if (folder / "detector.json").exists() and not overwrite:
         raise InputError(f"{folder}: holds a detector already. Choose another out=, or say overwrite=true.")
+    if (folder / "checkpoints/state.safetensors").exists() and not (overwrite or resume):
+        raise InputError(f"{folder}: holds an unfinished training. Say resume=true to carry on, or overwrite=true to begin anew.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
@@ -210,35 +213,57 @@ def _check_early(config):
     check_losses(config)
 
 # %% ../nbs/50_cli.ipynb #9822089f
-def _train(config, folder: Path):
+def _train(config, folder: Path, resume: bool = False):
     "Train, calibrate and save: the detector."
     from zipper_ad.data import fingerprint
     from zipper_ad.detector import Detector
     from zipper_ad.learner import reference_indices, train_autoencoder
+    from zipper_ad.resume import forget_state
 
     if not (folder / "detector.json").exists():
         save_config(config, folder / "config.yaml")
-    learn, dataset, split = train_autoencoder(config, folder, terminal=True)
+    learn, dataset, split = train_autoencoder(config, folder, terminal=True, resume=resume)
     save_config(config, folder / "config.yaml")
     detector = Detector.fit(
         learn, dataset.batch(split.calibration), config, reference=dataset.batch(reference_indices(split)),
         fingerprint=fingerprint([dataset.items[i] for i in split.train]), upright=learn.dls.upright, device=learn.dls.device,
     )
     detector.save(folder)
+    forget_state(folder)
     logger.info("trained on %d normal pictures, threshold %.4g from %d others", len(split.train), detector.threshold.value,
                 detector.threshold.n_calibration)
     return detector
 
 # %% ../nbs/50_cli.ipynb #ff5c1954
+def _stored_config(pairs: dict, out: str):
+    "The settings of a run that is to be carried on. Raises `InputError` where others are asked for, or where there is no run."
+    config = load_config(Path(out) / "config.yaml")
+    model, preset = pairs.pop("model", config.model.name), pairs.pop("preset", config.preset)
+    if (model, preset) != (config.model.name, config.preset):
+        raise InputError(f"resume=true carries on with {config.model.name}, preset {config.preset}, not with {model}, preset {preset}.")
+    pairs = {"data.root" if k == "data" else k: v for k, v in pairs.items()}
+    asked = make_config([f"model={model}", f"preset={preset}", *(f"{k}={v}" for k, v in pairs.items())])
+    for name in pairs:
+        wanted, stored = (functools.reduce(getattr, name.split(".")[:2], c) for c in (asked, config))
+        if wanted != stored:
+            raise InputError(f"resume=true carries on with {name}={stored}, not {wanted}. Leave it out, or begin anew with overwrite=true.")
+    return config
+
+# %% ../nbs/50_cli.ipynb #84f12d3e
 @command("train")
 def train(pairs):
-    "Train a detector on good parts: data=DIR [model=cnn|resnet|vit|diffusion preset=quick|spec out=RUN seed=0 train.epochs=… …]"
-    out, overwrite = _option(pairs, "out", "runs/latest"), _option(pairs, "overwrite", False)
-    if not pairs.get("data") and not pairs.get("data.root"):
+    "Train a detector on good parts: data=DIR [model=cnn|resnet|vit|diffusion preset=quick|spec out=RUN resume=true train.epochs=… …]"
+    out, overwrite, resume = (_option(pairs, k, d) for k, d in (("out", "runs/latest"), ("overwrite", False), ("resume", False)))
+    if resume and (Path(out) / "detector.json").exists():
+        return print(f"{out}: this training is finished; there is nothing to carry on.")
+    if resume and (Path(out) / "config.yaml").exists():
+        config = _stored_config(pairs, out)
+    elif pairs.get("data") or pairs.get("data.root"):
+        config = make_config([f"{k}={v}" for k, v in pairs.items()])
+    else:
         raise InputError("data=… is missing. Give a folder of good photographs, or make one: zipper_ad data render out=zippers")
-    config = make_config([f"{k}={v}" for k, v in pairs.items()])
     _check_early(config)
-    detector = _train(config, _open_run(out, overwrite))
+    detector = _train(config, _open_run(out, overwrite, resume), resume)
     print(f"detector: {out}\nthreshold {detector.threshold.value:.4g}, promised rate of false alarms {detector.threshold.promised_fpr:.1%}")
     print(f"next: zipper_ad predict run={out} input=PHOTOGRAPHS out=verdicts")
 

@@ -31,10 +31,11 @@ from zipper_ad.callbacks import (
 from .config import Config
 from .core import InputError, import_torchvision, pick_device, set_seed, show_images
 from .corrupt import MIXTURES, RADII, Corruption
-from .data import AnomalyDataset, Augment, anomaly_dls, split_normals
+from .data import AnomalyDataset, Augment, anomaly_dls, fingerprint, split_normals
 from .losses import PerceptualLoss
 from .models.head import Restorer
 from .pose import Upright, UprightPictures, find_pose
+from .resume import ResumableLearner, ResumeCallback, forget_state, read_state
 
 # %% ../nbs/20_learner.ipynb #b3a1686f
 import_torchvision()
@@ -159,7 +160,7 @@ def ae_learner(
         model.autoencoder.load_encoder_weights(config.model.weights)
     criterion = RestorationLoss(loss_weights(config), config.loss.focal, config.loss.perceptual_weights)
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=config.train.weight_decay)
-    return Learner(
+    return ResumableLearner(
         dls, model, criterion, lr=config.train.lr, opt_func=adamw, splitter=decay_groups,
         metrics=[DamageAUPRC()], cbs=[*training_callbacks(config, device, folder), *cbs], path=Path(folder or "."),
     )
@@ -206,7 +207,7 @@ def find_lr(
     "fastai's `lr_find`, with the callbacks that set the rate, stop or write out of its way."
     from fastai.callback.schedule import Learner as _  # noqa: F401  (adds lr_find)
 
-    away = ScheduleCallback | EarlyStoppingCallback | CheckpointCallback | CSVLogger | EMACallback | AdversarialCallback
+    away = ScheduleCallback | EarlyStoppingCallback | CheckpointCallback | CSVLogger | EMACallback | AdversarialCallback | ResumeCallback
     with self.removed_cbs([c for c in self.cbs if isinstance(c, away)]):
         return self.lr_find(**kwargs)
 
@@ -248,13 +249,18 @@ def train_autoencoder(
     folder: str | Path | None = None,  # the run's folder, for checkpoints and history; None writes nothing
     terminal: bool = False,  # one progress bar for a terminal instead of a line an epoch
     cbs=(),  # more callbacks
+    resume: bool = False,  # carry on from where a killed training in `folder` was; it begins anew where there was none
 ) -> tuple[Learner, AnomalyDataset, NormalSplit]:
     "Train as the configuration says: (learner with the best weights, the normal pictures, their split)."
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     set_seed(config.seed)
     dataset, split, dls = make_dls(config)
-    learn = ae_learner(dls, config, folder, [*cbs, *([TerminalProgress()] if terminal else [])])
+    cbs = [*cbs, *([TerminalProgress()] if terminal else [])]
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        cbs.append(ResumeCallback(folder, read_state(folder) if resume else forget_state(folder), fingerprint(dataset)))
+    learn = ae_learner(dls, config, folder, cbs)
     if not terminal:
         learn.fit_run(config)
         return learn, dataset, split
