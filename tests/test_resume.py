@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zipper_ad.synth import render_dataset
 
@@ -48,6 +49,11 @@ def kill_somewhere(seed, folder, *arguments):
     return not (folder / "detector.json").exists()
 
 
+def curve(folder, name):
+    events = EventAccumulator(str(folder)).Reload().Scalars(name)
+    return [(e.step, e.value) for e in events]
+
+
 @pytest.fixture(scope="module")
 def whole(pictures, tmp_path_factory):
     runs = {}
@@ -77,6 +83,8 @@ def test_killed_and_resumed(pictures, whole, tmp_path, model, moment):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours), name
     ours, theirs = ([line.rpartition(",")[0] for line in (f / "history.csv").read_text().splitlines()] for f in (killed, whole(model)))
     assert ours == theirs
+    ours, theirs = (curve(f / "tensorboard", "valid/PSNR") for f in (killed, whole(model)))
+    assert len(ours) == 12 and ours == theirs, "what the killed run wrote beyond its last state is dropped"
     thresholds = [json.loads((f / "detector.json").read_text())["threshold"]["value"] for f in (killed, whole(model))]
     assert thresholds[0] == thresholds[1]
 

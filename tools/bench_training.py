@@ -3,6 +3,7 @@
     python tools/bench_training.py [OUT.json] [rounds=5] [steps=20]
 
 The two take turns, so that a noisy machine is noisy for both; each round gives one ratio, and the median is reported.
+Whole trainings of two epochs, validation included, with TensorBoard and pictures after each epoch, take turns with the same without.
 """
 
 import json
@@ -22,6 +23,7 @@ from zipper_ad.data import Augment
 from zipper_ad.learner import ae_learner, decay_groups, make_dls
 from zipper_ad.models.head import Restorer
 from zipper_ad.synth import render_dataset
+from zipper_ad.tensorboard import TensorBoardCallback
 
 options = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
 out = next((a for a in sys.argv[1:] if "=" not in a), None)
@@ -80,6 +82,15 @@ def main():
                     break
         return images / (time.perf_counter() - start)
 
+    def fit_seconds(watched):
+        c = make_config([f"data={root}", "train.minutes=0", "train.epochs=2"])
+        cbs = [TensorBoardCallback(tempfile.mkdtemp(), pictures=2)] if watched else []
+        short = ae_learner(dls, c, cbs=cbs)
+        with short.no_bar(), short.no_logging():
+            start = time.perf_counter()
+            short.fit_run(c)
+        return time.perf_counter() - start
+
     assert any(isinstance(c, AutocastCallback) for c in learn.cbs) == bf16
     assert isinstance(learn.metrics[0].func if hasattr(learn.metrics[0], "func") else learn.metrics[0], DamageAUPRC)
     learn.n_epoch, learn.n_iter, learn.epoch, learn.iter = 1, len(dls.train), 0, 0
@@ -89,6 +100,8 @@ def main():
     bare_round([]), learner_round()  # warm-up
     for _ in range(rounds):
         rates.append((learner_round(), bare_round(damage_time)))
+    fit_seconds(True)  # warm-up
+    watched = [fit_seconds(False) / fit_seconds(True) for _ in range(rounds)]
     bare_rate = statistics.median(b for _, b in rates)
     facts = {
         "command": "python tools/bench_training.py",
@@ -96,6 +109,7 @@ def main():
         "threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": rounds, "steps_a_round": steps,
         "learner_images_per_s": round(statistics.median(a for a, _ in rates), 2), "bare_images_per_s": round(bare_rate, 2),
         "ratio_median": round(statistics.median(a / b for a, b in rates), 3), "ratios": [round(a / b, 3) for a, b in rates],
+        "with_tensorboard_ratio_median": round(statistics.median(watched), 3), "with_tensorboard_ratios": [round(w, 3) for w in watched],
         "damage_share_of_bare_step": round(statistics.median(damage_time) * bare_rate / config.train.bs, 3),
     }
     print(json.dumps(facts, indent=1))

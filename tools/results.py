@@ -138,8 +138,9 @@ def measure(run: Path, data: Path) -> dict:
         facts = {}
         for rate in (0.05, 0.01):
             threshold = threshold_of(pool(good), rate)
-            figures = evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy() if rate == 0.05 else None,
-                                      masks if rate == 0.05 else None, threshold.value, 1000 if rate == 0.05 else 0)
+            with_pixels = rate == 0.05 and not detector.upright  # turned parts: these maps are upright, the masks are not
+            figures = evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy() if with_pixels else None,
+                                      masks if with_pixels else None, threshold.value, 1000 if rate == 0.05 else 0)
             facts |= {f"recall_at_{rate:g}": figures["image"]["recall"], f"promised_at_{rate:g}": figures["threshold"]["promised_fpr"]}
             if rate == 0.05:
                 pixel = figures["pixel"] or {}

@@ -166,6 +166,7 @@ class TrainConfig:
     precision: str = "auto"  # fp32, bf16 or fp16 (fp16 on a GPU); auto: bf16 where the processor has it
     device: str = "auto"  # cpu, cuda, …; auto: the best there is
     threads: int = 0  # processor threads; 0: as many as PyTorch likes
+    tensorboard: bool = True  # write curves and pictures to RUN/tensorboard while training
 
 
 @dataclass

@@ -36,6 +36,7 @@ from .losses import PerceptualLoss
 from .models.head import Restorer
 from .pose import Upright, UprightPictures, find_pose
 from .resume import ResumableLearner, ResumeCallback, forget_state, read_state
+from .tensorboard import TensorBoardCallback
 
 # %% ../nbs/20_learner.ipynb #b3a1686f
 import_torchvision()
@@ -114,7 +115,8 @@ def training_callbacks(
     device: torch.device,  # where it trains
     folder: Path | None = None,  # the run's folder, for checkpoints and history; None writes nothing
 ) -> list:
-    "The callbacks of a run: damage, schedule, clipping, precision, early stopping, running mean, discriminator, checkpoints, history."
+    """The callbacks of a run: damage, schedule, clipping, precision, early stopping, running mean, discriminator, checkpoints,
+    history, TensorBoard."""
     c, d = config.train, config.damage
     precision = pick_precision(c.precision, device)
     logger.info("training on %s in %s", device, precision)
@@ -130,6 +132,7 @@ def training_callbacks(
         callbacks.append(AdversarialCallback(config.loss.adversarial, config.model.channels))
     if folder is not None:
         callbacks += [CheckpointCallback(Path(folder) / "checkpoints"), CSVLogger("history.csv")]
+        callbacks += [TensorBoardCallback(Path(folder) / "tensorboard", config)] if c.tensorboard else []
     return callbacks
 
 # %% ../nbs/20_learner.ipynb #7725e75e
@@ -207,7 +210,8 @@ def find_lr(
     "fastai's `lr_find`, with the callbacks that set the rate, stop or write out of its way."
     from fastai.callback.schedule import Learner as _  # noqa: F401  (adds lr_find)
 
-    away = ScheduleCallback | EarlyStoppingCallback | CheckpointCallback | CSVLogger | EMACallback | AdversarialCallback | ResumeCallback
+    away = ScheduleCallback | EarlyStoppingCallback | CheckpointCallback | CSVLogger | EMACallback | AdversarialCallback
+    away |= ResumeCallback | TensorBoardCallback
     with self.removed_cbs([c for c in self.cbs if isinstance(c, away)]):
         return self.lr_find(**kwargs)
 
