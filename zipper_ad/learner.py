@@ -29,14 +29,14 @@ from zipper_ad.callbacks import (
     pick_precision,
 )
 from .config import Config
-from .core import InputError, import_torchvision, pick_device, set_seed, show_images
+from .core import InputError, import_torchvision, pick_device, set_seed
 from .corrupt import MIXTURES, RADII, Corruption
 from .data import AnomalyDataset, Augment, anomaly_dls, fingerprint, split_normals
 from .losses import PerceptualLoss
 from .models.head import Restorer
 from .pose import Upright, UprightPictures, find_pose
 from .resume import ResumableLearner, ResumeCallback, forget_state, read_state
-from .tensorboard import TensorBoardCallback
+from .tensorboard import TensorBoardCallback, restoration_figure
 
 # %% ../nbs/20_learner.ipynb #b3a1686f
 import_torchvision()
@@ -194,12 +194,8 @@ def show_results(
     callback = next(c for c in self.cbs if isinstance(c, CorruptionCallback))
     clean = self.dls[ds_idx].one_batch()[0].as_subclass(torch.Tensor)[:max_n]
     damaged = callback.corruption(clean, torch.Generator(clean.device).manual_seed(callback.valid_seed))
-    self.model.eval()
-    with torch.inference_mode():
-        restored = self.model(damaged.image)
-    maps = (damaged.image - restored.image).abs() if restored.logit is None else restored.logit.sigmoid()
-    pictures = [p for row in zip(damaged.image, restored.image, maps, damaged.mask, strict=True) for p in row]
-    return show_images(pictures, titles=["damaged", "restored", "map", "truth"] * len(clean), columns=4, **kwargs)
+    shown = ("damaged", "restored", "difference" if self.model.config.head == "none" else "damage map", "truth")
+    return restoration_figure(self.model, clean, *damaged, shown, **kwargs)
 
 # %% ../nbs/20_learner.ipynb #4a958a6c
 @patch

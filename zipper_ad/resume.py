@@ -124,7 +124,7 @@ def _facts_of(learn: Learner) -> dict:
     scaler = getattr(getattr(learn, "mixed_precision", None), "scaler", None)
     return facts | ({"scaler": scaler.state_dict()} if scaler is not None else {})
 
-
+# %% ../nbs/22_resume.ipynb #c9dea629
 def _set_facts(learn: Learner, facts: dict):
     for kind, names in REMEMBERED.items():
         for callback in learn.cbs:
@@ -238,8 +238,7 @@ def begin(self: ResumeCallback) -> int:
     tensors, facts = self.state
     _set_tensors(self.learn, tensors)
     _set_facts(self.learn, facts)
-    file, _ = self._history()
-    if file:
+    if file := self._history()[0]:
         file.write("".join(line + "\n" for line in facts["history"][1:]))
         file.flush()
     set_random_state(self.learn.dls, tensors, facts["random"])

@@ -7,7 +7,6 @@ __all__ = ['psnr', 'restoration_figure', 'TensorBoardCallback', 'flat_settings']
 
 # %% ../nbs/23_tensorboard.ipynb #0954fd9c
 import dataclasses
-import math
 import time
 from pathlib import Path
 
@@ -37,6 +36,7 @@ def restoration_figure(
     clean: torch.Tensor,  # (B,C,H,W) in [0,1]
     damaged: torch.Tensor,  # the same, damaged
     mask: torch.Tensor,  # (B,1,H,W): where
+    shown=("good", "damaged", "restored", "difference", "damage map", "truth"),  # columns; the map is left out where the model has none
     **kwargs,  # for `show_images`
 ):
     "What a network makes of damaged pictures, a row each, as a matplotlib figure. Leaves the model's mode and all sources of chance alone."
@@ -48,7 +48,7 @@ def restoration_figure(
     columns = {"good": clean, "damaged": damaged, "restored": restored.image, "difference": (damaged - restored.image).abs() * 2}
     if restored.logit is not None:
         columns["damage map"] = restored.logit.sigmoid()
-    columns["truth"] = mask
+    columns = {k: (columns | {"truth": mask})[k] for k in shown if k in columns or k == "truth"}
     pictures = [c.float().cpu().clamp(0, 1) for row in zip(*columns.values(), strict=True) for c in row]
     return show_images(pictures, list(columns) * len(clean), columns=len(columns), **({"size": 1.8, "dpi": 80} | kwargs))
 
@@ -74,7 +74,7 @@ class TensorBoardCallback(Callback):
         if self.writer is None:
             self.step = self.epoch * len(self.dls.train)
             self.writer = self.make_writer(self.folder, purge_step=self.step or None)  # what a killed run wrote beyond is dropped
-        self.start, self.seen, self.best = time.monotonic(), 0, getattr(self, "best", -math.inf)
+        self.start, self.seen = time.monotonic(), 0
 
 # %% ../nbs/23_tensorboard.ipynb #0b624ef0
 @patch
@@ -128,7 +128,7 @@ def after_epoch(self: TensorBoardCallback):
     self.writer.add_scalar("train/images a second", self.seen / self.trained_in, last)
     if self.pictures and self.epoch % max(1, round(self.n_epoch / self.pictures)) == 0:
         self._add_pictures()
-    self.best, self.quality = max(self.best, figures.get("damage_auprc", -math.inf)), []
+    self.quality = []
     self.writer.flush()
 
 
@@ -152,7 +152,9 @@ def flat_settings(
 def after_fit(self: TensorBoardCallback):
     if self.writer is None:
         return
-    if self.config is not None and math.isfinite(self.best):
-        self.writer.add_hparams(flat_settings(self.config), {"final/best damage_auprc": self.best}, run_name=".")
+    column = list(self.recorder.metric_names).index("damage_auprc") - 1  # the first name is the epoch's
+    scores = [row[column] for row in self.recorder.values if len(row) > column]  # an epoch cut short has fewer
+    if self.config is not None and scores:
+        self.writer.add_hparams(flat_settings(self.config), {"final/best damage_auprc": max(scores)}, run_name=".")
     self.writer.close()
     self.writer = None
