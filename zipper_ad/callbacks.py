@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'RestorationLoss', 'training_progress', 'eased', 'CorruptionCallback', 'pick_precision', 'AutocastCallback',
            'warmup_cosine', 'ScheduleCallback', 'DamageAUPRC', 'CheckpointCallback', 'EMACallback',
-           'AdversarialCallback', 'TerminalProgress']
+           'AdversarialCallback', 'FiniteLoss', 'TerminalProgress']
 
 # %% ../nbs/21_callbacks.ipynb #03b437b3
 import dataclasses
@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score
 
-from .core import atomic_path, import_torchvision
+from .core import InputError, atomic_path, import_torchvision
 from .corrupt import Corruption, lint
+from .distributed import agree, average_gradients
 from zipper_ad.losses import (
     PatchDiscriminator,
     ReconstructionLoss,
@@ -174,23 +175,30 @@ class ScheduleCallback(Callback):
         self.lr, self.minutes, self.warmup = lr, minutes, warmup
 
     def before_fit(self):
-        self.start, self.lrs = time.monotonic(), []
+        self.start, self.lrs, self.seconds = time.monotonic(), [], 0.0
+
+    def look_at_clock(self):
+        "All processes of a distributed training go by one clock."
+        if self.minutes:
+            self.seconds = agree(time.monotonic() - self.start, self.learn.dls.device)
 
     def progress(self) -> float:
-        timed = (time.monotonic() - self.start) / 60 / self.minutes if self.minutes else 0.0
+        timed = self.seconds / 60 / self.minutes if self.minutes else 0.0
         return max((timed - 0.02) / 0.98, (self.epoch + self.iter / max(len(self.dls.train), 1)) / max(self.n_epoch, 1))
 
     def before_batch(self):
         if self.training:
+            self.look_at_clock()
             self.lrs.append(self.lr * warmup_cosine(self.progress(), self.warmup))
             self.opt.set_hyper("lr", self.lrs[-1])
 
     def after_epoch(self):
-        if self.minutes and time.monotonic() - self.start >= self.minutes * 60:
+        self.look_at_clock()
+        if self.minutes and self.seconds >= self.minutes * 60:
             raise CancelFitException()
 
     def after_batch(self):
-        if self.training and self.minutes and time.monotonic() - self.start >= self.minutes * 60 * 1.2 + 5:
+        if self.training and self.minutes and self.seconds >= self.minutes * 60 * 1.2 + 5:
             raise CancelFitException()  # an epoch longer than the budget is cut short
 
 # %% ../nbs/21_callbacks.ipynb #1440fa9e
@@ -210,7 +218,7 @@ class DamageAUPRC(Metric):
         self.maps, self.masks = [], []
 
     def accumulate(self, learn):
-        restored, (_, mask) = learn.pred, learn.yb
+        restored, (_, mask), self.device = learn.pred, learn.yb, learn.dls.device
         maps = 1 - msgms_map(learn.xb[0], restored.image) if restored.logit is None else restored.logit.sigmoid()
         sigma = self.sigma * maps.shape[-1] / 256
         maps = gaussian_mean(maps, 2 * math.ceil(3 * sigma) + 1, sigma, self.stride)
@@ -220,7 +228,8 @@ class DamageAUPRC(Metric):
     @property
     def value(self):
         masks = np.concatenate(self.masks) > 0.5
-        return float(average_precision_score(masks, np.concatenate(self.maps))) if masks.any() else float("nan")
+        score = float(average_precision_score(masks, np.concatenate(self.maps))) if masks.any() else float("nan")
+        return agree(score, self.device)
 
 # %% ../nbs/21_callbacks.ipynb #07789d33
 class CheckpointCallback(TrackerCallback):
@@ -341,11 +350,23 @@ def after_loss(self: AdversarialCallback):
     loss = hinge_discriminator_loss(self._judge(real), self._judge(fake.detach()))
     self.optimizer.zero_grad()
     loss.backward()
+    average_gradients(self.discriminator)
     self.optimizer.step()
     self.losses.append(loss.item())
     self.discriminator.requires_grad_(False)  # the autoencoder's step is the autoencoder's alone
     self.learn.loss_grad = self.loss_grad + self.weight * hinge_generator_loss(self._judge(fake))
     self.learn.loss = self.loss_grad.detach().clone()
+
+# %% ../nbs/21_callbacks.ipynb #f225642c
+class FiniteLoss(Callback):
+    "Ends the training with an error when the loss is no longer a finite number."
+
+    order = 90  # after every term was added
+
+    def after_loss(self):
+        if self.training and not torch.isfinite(self.loss):
+            raise InputError(f"the loss became {float(self.loss)} in epoch {self.epoch + 1}: this training is lost, its checkpoints of "
+                             f"earlier epochs are kept. Lower train.lr ({self.learn.lr:g}) or train.clip; begin anew with overwrite=true.")
 
 # %% ../nbs/21_callbacks.ipynb #af5dd85a
 class TerminalProgress(Callback):

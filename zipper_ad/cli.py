@@ -17,6 +17,8 @@ import os
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from . import __version__
 from .config import load_config, make_config, nearest_name, parse_overrides, save_config
 from .core import InputError, atomic_path
@@ -129,6 +131,11 @@ def main(
             raise
         _say(e)
         return 2
+    except SafetensorError as e:  # it wraps what the system said
+        if arguments.debug:
+            raise
+        _say(f"weights could not be written: {str(e).splitlines()[-1].strip()}. Check the free space; earlier checkpoints are kept.")
+        return 2
     except OSError as e:
         if arguments.debug:
             raise
@@ -214,15 +221,18 @@ def _check_early(config):
 
 # %% ../nbs/50_cli.ipynb #9822089f
 def _train(config, folder: Path, resume: bool = False):
-    "Train, calibrate and save: the detector."
+    "Train, calibrate and save: the detector. Of several processes only the first has it, the others None."
     from zipper_ad.data import fingerprint
     from zipper_ad.detector import Detector
+    from zipper_ad.distributed import is_main
     from zipper_ad.learner import reference_indices, train_autoencoder
     from zipper_ad.resume import forget_state
 
-    if not (folder / "detector.json").exists():
+    if not (folder / "detector.json").exists() and is_main():
         save_config(config, folder / "config.yaml")
     learn, dataset, split = train_autoencoder(config, folder, terminal=True, resume=resume)
+    if not is_main():
+        return None
     save_config(config, folder / "config.yaml")
     detector = Detector.fit(
         learn, dataset.batch(split.calibration), config, reference=dataset.batch(reference_indices(split)),
@@ -250,10 +260,37 @@ def _stored_config(pairs: dict, out: str):
     return config
 
 # %% ../nbs/50_cli.ipynb #84f12d3e
+def _train_by(processes: int, config, given: list[str]) -> int:
+    "Run `train` in several processes: the exit code. Raises `InputError` where a batch cannot be shared."
+    from zipper_ad.distributed import launch, part_of
+
+    part_of(range(config.train.bs), 0, max(processes, 1))
+    code = launch(processes, ["train", *given])
+    if code:
+        _say("the training was ended by an error in one of its processes; what it said stands above. Say resume=true to carry on.")
+    return code
+
+
+def _train_here(config, out: str, overwrite: bool, resume: bool):
+    "Train in this process, beside others where torchrun has started them."
+    from zipper_ad.distributed import agree, is_main, joined
+
+    with joined():
+        folder = _open_run(out, overwrite, resume) if is_main() else Path(out)
+        agree(0)  # the others go on when the folder is there
+        detector = _train(config, folder, resume)
+    if detector:
+        t = detector.threshold
+        print(f"detector: {out}\nthreshold {t.value:.4g}, promised rate of false alarms {t.promised_fpr:.1%}")
+        print(f"next: zipper_ad predict run={out} input=PHOTOGRAPHS out=verdicts")
+
+# %% ../nbs/50_cli.ipynb #e0f36d05
 @command("train")
 def train(pairs):
-    "Train a detector on good parts: data=DIR [model=cnn|resnet|vit|diffusion preset=quick|spec out=RUN resume=true train.epochs=… …]"
+    "Train a detector on good parts: data=DIR [model=cnn|resnet|vit|diffusion preset=quick|spec out=RUN resume=true launch=2 …]"
+    given = [f"{k}={v}" for k, v in pairs.items() if k != "launch"]
     out, overwrite, resume = (_option(pairs, k, d) for k, d in (("out", "runs/latest"), ("overwrite", False), ("resume", False)))
+    processes = _option(pairs, "launch", 1)
     if resume and (Path(out) / "detector.json").exists():
         return print(f"{out}: this training is finished; there is nothing to carry on.")
     if resume and (Path(out) / "config.yaml").exists():
@@ -263,9 +300,7 @@ def train(pairs):
     else:
         raise InputError("data=… is missing. Give a folder of good photographs, or make one: zipper_ad data render out=zippers")
     _check_early(config)
-    detector = _train(config, _open_run(out, overwrite, resume), resume)
-    print(f"detector: {out}\nthreshold {detector.threshold.value:.4g}, promised rate of false alarms {detector.threshold.promised_fpr:.1%}")
-    print(f"next: zipper_ad predict run={out} input=PHOTOGRAPHS out=verdicts")
+    return _train_here(config, out, overwrite, resume) if processes == 1 else _train_by(processes, config, given)
 
 # %% ../nbs/50_cli.ipynb #9f981219
 def describe_metrics(

@@ -451,7 +451,8 @@ def damage_once(
     if kind == "patch":
         fill = partial(fill, other=other)
     blobs = torch.rand((), generator=generator, device=x.device) < 0.65
-    mask = blob_mask(x, (scale * radius[0], scale * radius[1]), generator) if blobs else noise_mask(x, generator=generator, scale=scale)
+    least, most = (scale * r for r in radius)
+    mask = blob_mask(x, (least, most), generator) if blobs else noise_mask(x, generator=generator, scale=scale)
     return torch.lerp(x, fill(x, generator), mask * amount)
 
 # %% ../nbs/04_corrupt.ipynb #57d98062
@@ -473,7 +474,7 @@ def _draw_kinds(kinds: dict[str, float], x: torch.Tensor, generator=None) -> tor
 # %% ../nbs/04_corrupt.ipynb #c1286168
 @dataclass
 class Corruption:
-    "Damages a batch, as large as its parts are: call it with (B,C,H,W) in [0,1], get `Damaged`. Raises ValueError for a kind that is not in `KINDS`."
+    "Damages a batch, sized like its parts: call it with (B,C,H,W) in [0,1], get `Damaged`. ValueError for a kind not in `KINDS`."
 
     kinds: dict[str, float] = field(default_factory=lambda: dict(ALIGNED))  # weight of each kind, for example one of `MIXTURES`
     whole: float = 0.15  # share of pictures left undamaged

@@ -23,6 +23,7 @@ from zipper_ad.callbacks import (
     CorruptionCallback,
     DamageAUPRC,
     EMACallback,
+    FiniteLoss,
     RestorationLoss,
     ScheduleCallback,
     TerminalProgress,
@@ -32,6 +33,7 @@ from .config import Config
 from .core import InputError, import_torchvision, pick_device, set_seed
 from .corrupt import MIXTURES, RADII, Corruption
 from .data import AnomalyDataset, Augment, anomaly_dls, fingerprint, split_normals
+from .distributed import DistributedCallback, ShareResult, is_main, world
 from .losses import PerceptualLoss
 from .models.head import Restorer
 from .pose import Upright, UprightPictures, find_pose
@@ -116,7 +118,7 @@ def training_callbacks(
     folder: Path | None = None,  # the run's folder, for checkpoints and history; None writes nothing
 ) -> list:
     """The callbacks of a run: damage, schedule, clipping, precision, early stopping, running mean, discriminator, checkpoints,
-    history, TensorBoard."""
+    history, TensorBoard. Of several processes only the first one writes."""
     c, d = config.train, config.damage
     precision = pick_precision(c.precision, device)
     logger.info("training on %s in %s", device, precision)
@@ -125,12 +127,14 @@ def training_callbacks(
         ScheduleCallback(c.lr, c.minutes, c.warmup),
         GradientClip(c.clip),
         EarlyStoppingCallback("damage_auprc", comp=np.greater, patience=c.patience),
+        FiniteLoss(),
     ]
     callbacks += {"bf16": [AutocastCallback()], "fp16": [MixedPrecision()], "fp32": []}[precision]
     callbacks += [EMACallback(c.ema)] if c.ema else []
     if config.loss.adversarial and config.model.head != "image":
         callbacks.append(AdversarialCallback(config.loss.adversarial, config.model.channels))
-    if folder is not None:
+    callbacks += [DistributedCallback(), ShareResult()] if world()[1] > 1 else []
+    if folder is not None and is_main():
         callbacks += [CheckpointCallback(Path(folder) / "checkpoints"), CSVLogger("history.csv")]
         callbacks += [TensorBoardCallback(Path(folder) / "tensorboard", config)] if c.tensorboard else []
     return callbacks
@@ -256,7 +260,7 @@ def train_autoencoder(
         torch.set_num_threads(config.train.threads)
     set_seed(config.seed)
     dataset, split, dls = make_dls(config)
-    cbs = [*cbs, *([TerminalProgress()] if terminal else [])]
+    cbs = [*cbs, *([TerminalProgress()] if terminal and is_main() else [])]
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         cbs.append(ResumeCallback(folder, read_state(folder) if resume else forget_state(folder), fingerprint(dataset)))

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 # %% ../nbs/22_resume.ipynb #9dbebc76
 from .callbacks import AdversarialCallback, CheckpointCallback, EMACallback, ScheduleCallback
 from .core import InputError, atomic_path, import_torchvision
+from .distributed import is_main
 from .models.base import read_weights
 
 import_torchvision()  # fastai imports it
@@ -250,7 +251,7 @@ def begin(self: ResumeCallback) -> int:
 @patch
 def after_epoch(self: ResumeCallback):
     start = time.monotonic()
-    if start < self.free_at or not self.whole:  # fastai calls this after an error or Ctrl-C in mid-epoch, too
+    if start < self.free_at or not self.whole or not is_main():  # fastai calls this after an error or Ctrl-C in mid-epoch, too
         return
     tensors, chance = random_state(self.learn.dls)
     facts = _facts_of(self.learn) | {
