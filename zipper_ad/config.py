@@ -6,8 +6,8 @@
 __all__ = ['HEADS', 'MODEL_CONFIGS', 'CONF', 'GROUPS', 'PRESETS', 'RANGES', 'CHOICES', 'PLUGINS', 'DataConfig',
            'AutoencoderConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'DiffusionConfig', 'DamageConfig',
            'LossConfig', 'TrainConfig', 'ScoreConfig', 'Config', 'group_options', 'read_presets', 'check_config',
-           'nearest_name', 'parse_overrides', 'quote', 'to_hydra', 'register_schema', 'hydra_session', 'compose',
-           'finish_config', 'make_config', 'save_config', 'config_text', 'config_from_dict', 'load_config',
+           'nearest_name', 'parse_overrides', 'quote', 'to_hydra', 'register_schema', 'hydra_session', 'hydra_errors',
+           'compose', 'finish_config', 'make_config', 'save_config', 'config_text', 'config_from_dict', 'load_config',
            'change_config', 'compare_configs']
 
 # %% ../nbs/01_config.ipynb #a760ea03
@@ -442,6 +442,19 @@ def _explain(error: Exception, names) -> str:
         return f"{found[1] or found[2]}: several values make a sweep; say train -m. Lists are written [1,2]."
     return f"{getattr(error, 'full_key', None) or 'settings'}: {text}."
 
+
+@contextlib.contextmanager
+def hydra_errors(
+    names=(),  # every setting's full name, to find the nearest
+):
+    "Within this block what Hydra finds wrong becomes an `InputError`."
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as e:
+        raise InputError(_explain(e, names)) from e
+
 # %% ../nbs/01_config.ipynb #6c9d593f
 def compose(
     words: list[str],  # in Hydra's grammar, as from `to_hydra`
@@ -450,26 +463,20 @@ def compose(
 ) -> DictConfig:
     "What Hydra composes. Raises `InputError` in one line for whatever it finds wrong."
     from hydra import compose as hydra_compose
-    from hydra.errors import HydraException
 
-    try:
-        with hydra_session():
-            return hydra_compose(name, list(words), return_hydra_config=launcher)
-    except (HydraException, OmegaConfBaseException) as e:
-        models = [w.partition("=")[2] for w in words if w.startswith("model=")]
-        raise InputError(_explain(e, _known([m for m in models if m in MODEL_CONFIGS] or ["cnn"]))) from e
+    models = [w.partition("=")[2] for w in words if w.startswith("model=")]
+    with hydra_errors(_known([m for m in models if m in MODEL_CONFIGS] or ["cnn"])), hydra_session():
+        return hydra_compose(name, list(words), return_hydra_config=launcher)
 
 
 def finish_config(
     composed: DictConfig,  # from Hydra
 ) -> Config:
     "The dataclass, checked. Raises `InputError` for what is out of range."
-    try:
+    with hydra_errors():
         config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as e:
-        raise InputError(f"{e.full_key}: {str(e).splitlines()[0]}.") from e
-    if MODEL_CONFIGS.get(config.model.name) is not type(config.model):
-        raise InputError(f"model.name={config.model.name}: the family is chosen with model=. {nearest_name(config.model.name, MODEL_CONFIGS)}")
+    if MODEL_CONFIGS.get(name := config.model.name) is not type(config.model):
+        raise InputError(f"model.name={name}: the family is chosen with model=. {nearest_name(name, MODEL_CONFIGS)}")
     config.model.channels = config.data.channels
     config.damage.kinds = config.damage.kinds or {}
     return check_config(config)
@@ -555,7 +562,7 @@ def change_config(
     fixed = {"model": config.model.name, "preset": config.preset}
     for group in set(pairs) & {*GROUPS, *fixed} - {"data"}:
         if fixed.get(group) != pairs[group]:
-            raise InputError(f"{group}={pairs[group]}: a stored configuration has its groups already. Give single settings: train.epochs=20.")
+            raise InputError(f"{group}={pairs[group]}: a stored configuration has its groups. Give single settings: train.epochs=20.")
     pairs = {"data.root" if k == "data" else k: v for k, v in pairs.items() if k not in fixed}
     words = [w for w in to_hydra({"model": config.model.name} | pairs) if not w.startswith("model=")]
     from hydra.core.config_store import ConfigStore
