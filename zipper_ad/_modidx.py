@@ -866,6 +866,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'zipper_ad.screw.render_screw_defect': ('screw.html#render_screw_defect', 'zipper_ad/screw.py'),
                                  'zipper_ad.screw.value_noise_at': ('screw.html#value_noise_at', 'zipper_ad/screw.py')},
             'zipper_ad.sweep': { 'zipper_ad.sweep.Job': ('sweep.html#job', 'zipper_ad/sweep.py'),
+                                 'zipper_ad.sweep._column': ('sweep.html#_column', 'zipper_ad/sweep.py'),
                                  'zipper_ad.sweep._combinations': ('sweep.html#_combinations', 'zipper_ad/sweep.py'),
                                  'zipper_ad.sweep._job_function': ('sweep.html#_job_function', 'zipper_ad/sweep.py'),
                                  'zipper_ad.sweep._launch': ('sweep.html#_launch', 'zipper_ad/sweep.py'),

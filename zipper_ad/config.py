@@ -24,6 +24,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import zipper_ad
 from .core import InputError, atomic_path
@@ -232,11 +233,12 @@ RANGES = {  # setting: (least, most)
     "damage.whole": (0, 1), "damage.again": (0, 1), "loss.mse": (0, 1e6), "loss.l1": (0, 1e6), "loss.ssim": (0, 1e6),
     "loss.msgms": (0, 1e6), "loss.focal": (0, 1e6), "train.epochs": (1, 10**6), "train.minutes": (0, 10**6), "train.bs": (1, 4096),
     "train.lr": (1e-12, 10), "train.weight_decay": (0, 10), "train.warmup": (0, 0.9), "train.clip": (1e-6, 1e6),
-    "train.patience": (1, 10**6), "train.threads": (0, 4096), "train.accumulate": (1, 4096), "score.sigma": (0, 128), "score.topk": (1, 10**7),
-    "score.target_fpr": (1e-6, 0.999), "model.width": (8, 65536), "model.heads": (1, 1024), "model.blocks": (1, 1000),
-    "model.patch": (2, 256), "model.decoder_width": (8, 65536), "model.decoder_blocks": (1, 1000), "model.hide": (0, 0.95),
-    "model.passes": (1, 1000), "model.steps": (50, 1000), "model.start": (0.001, 1), "model.guidance": (0, 100), "train.ema": (0, 0.999999),
-    "damage.ramp": (0, 1), "damage.lint": (0, 1), "loss.perceptual": (0, 1e6), "loss.adversarial": (0, 1e6),
+    "train.patience": (1, 10**6), "train.threads": (0, 4096), "train.accumulate": (1, 4096), "score.sigma": (0, 128),
+    "score.topk": (1, 10**7), "score.target_fpr": (1e-6, 0.999), "model.width": (8, 65536), "model.heads": (1, 1024),
+    "model.blocks": (1, 1000), "model.patch": (2, 256), "model.decoder_width": (8, 65536), "model.decoder_blocks": (1, 1000),
+    "model.hide": (0, 0.95), "model.passes": (1, 1000), "model.steps": (50, 1000), "model.start": (0.001, 1),
+    "model.guidance": (0, 100), "train.ema": (0, 0.999999), "damage.ramp": (0, 1), "damage.lint": (0, 1), "loss.perceptual": (0, 1e6),
+    "loss.adversarial": (0, 1e6),
 }
 CHOICES = {
     "model.head": HEADS, "model.skip": ("concat", "add", "none"), "model.depth": (10, 18, 34),
@@ -435,14 +437,15 @@ def _explain(error: Exception, names) -> str:
     if getattr(error, "override", None):
         return f"{error.override}: not a value ({text}). Lists are written [1,2]."
     if found := re.match(r"Could not override '(.*)'", text):
-        return f"{found[1]}: no such setting. {nearest_name(found[1], names)}"
+        hint = "It depends on launch=." if found[1].startswith("hydra.") else nearest_name(found[1], names)
+        return f"{found[1]}: no such setting. {hint}"
     if found := re.match("Error merging override (?:[+][+])?(.*)", text):
         return f"{found[1]}: {cause[0]}."
     if found := re.match("Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires", text):
         return f"{found[1] or found[2]}: several values make a sweep; say train -m. Lists are written [1,2]."
     return f"{getattr(error, 'full_key', None) or 'settings'}: {text}."
 
-
+# %% ../nbs/01_config.ipynb #dd8e5772
 @contextlib.contextmanager
 def hydra_errors(
     names=(),  # every setting's full name, to find the nearest
@@ -550,7 +553,10 @@ def load_config(
     "Read a configuration. Raises `InputError` if the file is missing or has unknown settings."
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file. Give the config.yaml of a run.")
-    return config_from_dict(OmegaConf.to_object(OmegaConf.load(path)))
+    try:
+        return config_from_dict(OmegaConf.to_object(OmegaConf.load(path)))
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as e:  # ValueError: our own, and what is no text
+        raise InputError(f"{path}: {' '.join(str(e).split())[:200]}") from e
 
 # %% ../nbs/01_config.ipynb #2191e194
 def change_config(

@@ -21,8 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cli import _check_early, _need_data, _open_run, _train, logger, write_json
-from .config import Config, compare_configs, compose, finish_config, hydra_errors, hydra_session
-from .config import load_config, parse_overrides, quote, to_hydra
+from zipper_ad.config import (
+    Config,
+    compare_configs,
+    compose,
+    finish_config,
+    hydra_errors,
+    hydra_session,
+    load_config,
+    parse_overrides,
+    quote,
+    to_hydra,
+)
 from .core import InputError, atomic_path
 
 # %% ../nbs/25_sweep.ipynb #e11a4b38
@@ -55,8 +65,8 @@ def job_name(
     chosen: dict[str, str],  # the settings that take several values, and their values in this job
 ) -> str:
     "A name for a job's folder."
-    lasts = [k.strip("+").split(".")[-1] for k in chosen]
-    keys = [last if lasts.count(last) == 1 else k.strip("+") for k, last in zip(chosen, lasts, strict=True)]
+    lasts = [k.split(".")[-1] for k in chosen]
+    keys = [last if lasts.count(last) == 1 else k for k, last in zip(chosen, lasts, strict=True)]
     return "_".join(f"{k}={_short_value(v)}" for k, v in zip(keys, chosen.values(), strict=True)) or "job"
 
 # %% ../nbs/25_sweep.ipynb #e9875d3e
@@ -74,19 +84,25 @@ def _combinations(values: dict[str, list[str]]) -> list[dict[str, str]]:
     return [dict(zip(values, c, strict=True)) for c in itertools.product(*values.values())]
 
 
+def _column(key: str) -> str:
+    "How a setting is called in names and tables."
+    return "data" if key == "data.root" else key.strip("+")
+
+
 def plan_jobs(
     overrides: list[str],  # "key=value" or "key=value,value,…" each
 ) -> list[Job]:
     "The jobs of a sweep, each composed and checked. Raises `InputError` for the first that is wrong."
     words = to_hydra(parse_overrides(overrides), sweep=True)
-    values, jobs = read_values([w for w in words if not w.startswith(("hydra.", "hydra/"))]), {}
+    values, jobs = read_values([w for w in words if not w.startswith(("hydra.", "hydra/"))]), []
     for pairs in _combinations(values):
         words = tuple(f"{k}={v}" for k, v in pairs.items())
-        job = Job(job_name({k: v for k, v in pairs.items() if len(values[k]) > 1}), {}, words, finish_config(compose(words)))
-        job.chosen = {k.strip("+"): v.strip("'\"") for k, v in pairs.items() if len(values[k]) > 1}
-        job.name += f"~{sum(j.name.partition('~')[0] == job.name for j in jobs.values()) + 1}" if job.name in jobs else ""
-        jobs[job.name] = job
-    return list(jobs.values())
+        chosen = {_column(k): v for k, v in pairs.items() if len(values[k]) > 1}
+        name = job_name(chosen)
+        same = sum(j.name.partition("~")[0] == name for j in jobs)
+        shown = {k: v.strip("'\"") for k, v in chosen.items()}
+        jobs.append(Job(f"{name}~{same + 1}" if same else name, shown, words, finish_config(compose(words))))
+    return jobs
 
 # %% ../nbs/25_sweep.ipynb #8ca2161c
 BESIDE = ("train.threads", "train.device", "train.tensorboard", "data.cache")  # change no result, or not in what it means
@@ -116,6 +132,16 @@ def _own_log():
             handler.close()
 
 
+def _tell(error: Exception, folder: Path) -> str:
+    "The error in one line; what is not the user's to mend is written to error.txt in full."
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, InputError):
+        return text
+    with atomic_path(folder / "error.txt") as temporary:
+        temporary.write_text(traceback.format_exc(), encoding="utf-8")
+    return f"{type(error).__name__}: {text}. See {folder / 'error.txt'}"
+
+# %% ../nbs/25_sweep.ipynb #dcaf1999
 def run_job(
     config: Config,
     folder: Path,  # where it trains
@@ -139,16 +165,6 @@ def run_job(
         facts |= {"status": "failed", "error": _tell(e, folder)}
     write_json(facts, folder / "job.json")
     return facts
-
-
-def _tell(error: Exception, folder: Path) -> str:
-    "The error in one line; what is not the user's to mend is written to error.txt in full."
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, InputError):
-        return text
-    with atomic_path(folder / "error.txt") as temporary:
-        temporary.write_text(traceback.format_exc(), encoding="utf-8")
-    return f"{type(error).__name__}: {text} See {folder / 'error.txt'}"
 
 # %% ../nbs/25_sweep.ipynb #0a7ad9b3
 def _processors() -> int:
@@ -187,7 +203,7 @@ def _job_function(folders: dict[tuple, str], overwrite: bool, threads: int, quie
 
     return train_job
 
-
+# %% ../nbs/25_sweep.ipynb #731432dd
 @contextlib.contextmanager
 def _shell_words(words: list[str]):
     "Within this block the words stand where Hydra looks for them, and Hydra raises its errors."
@@ -200,23 +216,19 @@ def _shell_words(words: list[str]):
         os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
 
 # %% ../nbs/25_sweep.ipynb #789c87fc
-def _launch(words: list[str], jobs: list[Job], out: Path, overwrite: bool):
-    "Run the jobs by Hydra's launcher, to the end of the last. Raises `InputError` where the launcher itself fails."
+def _launch(words: list[str], function, out: Path):
+    "Have Hydra call the function for each combination, to the end of the last. Raises `InputError` where the launcher itself fails."
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
 
-    launcher, threads = share_threads([w for w in words if w.startswith(("hydra.", "hydra/", "launch="))], len(jobs))
-    folders = {j.words: str((out / j.name).absolute()) for j in jobs}
-    function = _job_function(folders, overwrite, threads, quiet=launcher != "basic")
     place = [f"hydra.sweep.dir={quote(str((out / '.hydra').absolute()))}", r"hydra.sweep.subdir=${hydra.job.num}"]
     with hydra_session():
-        from hydra.core.global_hydra import GlobalHydra
-
         GlobalHydra.instance().clear()  # `hydra.main` wants none, and leaves none
         try:
             with _shell_words(["--multirun", *words, *place]):
                 hydra.main("pkg://zipper_ad.conf", "config", "1.3")(function)()
         except Exception as e:
-            raise InputError(f"hydra/launcher={launcher}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+            raise InputError(f"the launcher failed with {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
 # %% ../nbs/25_sweep.ipynb #a81f693e
 def best_score(
@@ -235,12 +247,12 @@ def job_row(
     there: bool = False,  # it was finished before the sweep began
 ) -> dict:
     "What the table says of a job."
-    facts = json.loads(text.read_text()) if (text := folder / "job.json").exists() else {"status": "not finished", "error": "was not finished."}
-    detector = json.loads(text.read_text()) if (text := folder / "detector.json").exists() else None
+    facts, detector = ({} if not (folder / f).exists() else json.loads((folder / f).read_text()) for f in ("job.json", "detector.json"))
+    facts = {"status": "not finished", "error": "was not finished."} | facts
     if there:
         facts |= {"status": "there already", "error": ""}
     row = {"job": job.name, **job.chosen, "damage_auprc": best_score(folder)}
-    row |= {"threshold": detector and detector["threshold"]["value"], "minutes": facts.get("minutes")}
+    row |= {"threshold": detector["threshold"]["value"] if detector else None, "minutes": facts.get("minutes")}
     return row | {"status": facts["status"], "error": facts["error"]}
 
 # %% ../nbs/25_sweep.ipynb #c9e26b21
@@ -277,10 +289,10 @@ def run_sweep(
     out: str | Path = "runs/sweep",  # the folder of the jobs' folders, and of sweep.csv
     overwrite: bool = False,  # train again what is finished
 ) -> list[dict]:
-    "Train every combination: the rows of the table, also written to sweep.csv. Raises `InputError` for what can be known to be wrong before."
+    "Train every combination: the rows of the table, also in sweep.csv. Raises `InputError` before the first where one cannot be right."
     out, jobs = Path(out), plan_jobs(overrides)
-    words = to_hydra(parse_overrides(overrides), sweep=True)
-    there = {}
+    words, there = to_hydra(parse_overrides(overrides), sweep=True), {}
+    launcher, threads = share_threads([w for w in words if w.startswith(("hydra.", "hydra/", "launch="))], len(jobs))
     for job in jobs:
         _need_data(job.config)
         if not overwrite:
@@ -291,7 +303,7 @@ def run_sweep(
         if not there[job.name]:
             (out / job.name / "job.json").unlink(missing_ok=True)
     try:
-        _launch(words, jobs, out, overwrite)
+        _launch(words, _job_function({j.words: str(out / j.name) for j in jobs}, overwrite, threads, launcher != "basic"), out)
     finally:
         rows = [job_row(j, out / j.name, there[j.name]) for j in jobs]
         write_table(rows, out / "sweep.csv")
@@ -317,4 +329,5 @@ def plot_sweep(
     ax.set_yticks(range(len(lines)), lines)
     ax.set_ylim(len(lines) - 0.5, -0.5)
     ax.set_xlabel("damage_auprc on held-out good pictures with made damage")
+    fig.tight_layout()
     return fig
