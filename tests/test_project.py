@@ -30,7 +30,7 @@ LAYERS = {
     "score": 4, "metrics": 4,
     "detector": 5,
     "interpret": 6, "report": 6, "export": 6, "bench": 6, "scale": 6,
-    "cli": 7, "app": 7, "__main__": 8,
+    "cli": 7, "sweep": 7, "app": 7, "__main__": 8,
 }  # fmt: skip
 # importing fastai takes seconds, which `predict` and `-h` cannot wait for
 FASTAI_USERS = {"learner", "callbacks", "resume", "tensorboard", "distributed"}
