@@ -42,10 +42,10 @@ def search_lr(
     config: Config,  # the run's settings; `data.root` must be set; the seed makes the search repeatable
     steps: int = 100,  # of the mock training, 30 or more
     lowest: float = 1e-6,  # first rate
-    highest: float = 1.0,  # last rate, where the loss has not exploded before
+    highest: float = 10.0,  # last rate, where the loss has not exploded before
     terminal: bool = False,  # one progress bar for a terminal instead of fastai's
 ) -> RateSearch:
-    "Try learning rates from low to high on the run's own pictures, damage and losses. Raises `InputError` for a range that makes no sense."
+    "Try learning rates from low to high on the run's own pictures, damage and losses. Raises `InputError` where that cannot be."
     if steps < 30 or not 0 < lowest < highest:
         raise InputError(f"steps={steps}, lowest={lowest:g}, highest={highest:g}: 30 steps or more, from a low rate to a higher one.")
     if config.train.threads:
@@ -107,4 +107,5 @@ def advice(
     if 1 / 3 <= ratio <= 3:
         return f"{line}\nThat is near enough: keep train.lr, or compare the two with full trainings."
     kind = "lower" if ratio < 1 else "higher"
-    return f"{line}\nThe suggestion is much {kind}. Train with train.lr={search.suggested:g}, and compare damage_auprc in the training reports."
+    what = f"Train with train.lr={search.suggested:g}, and compare damage_auprc in the training reports."
+    return f"{line}\nThe suggestion is much {kind}. {what}"

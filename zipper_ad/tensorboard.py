@@ -225,7 +225,9 @@ def after_epoch(self: TensorBoardCallback):
     self.writer.flush()
 
 
-CARDS = {"restored": ("good", "damaged", "restored", "difference"), "damage map": ("damaged", "damage map", "truth")}  # needed column: shown
+CARDS = {  # column that is needed: columns shown
+    "restored": ("good", "damaged", "restored", "difference"), "damage map": ("damaged", "damage map", "truth"),
+}
 
 
 @patch

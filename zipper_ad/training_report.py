@@ -22,8 +22,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
 
 from .config import Config, load_config, make_config
 from .core import InputError, atomic_path
@@ -151,6 +153,18 @@ def _metadata(file: Path) -> dict:
     return {}
 
 
+def _config(file: Path) -> Config | None:
+    "The settings in a file; None where it is missing. Raises `InputError` where it cannot be read."
+    if not file.is_file():
+        return None
+    try:
+        return load_config(file)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, YAMLError, TypeError, AttributeError, ValueError) as e:
+        raise InputError(f"{file}: damaged ({str(e).splitlines()[0]}). Restore it from a copy.") from e
+
+
 def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
 
@@ -162,9 +176,8 @@ def read_run(
     run = Path(run)
     if not (run / "history.csv").is_file() and not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run here (neither history.csv nor config.yaml). Give the folder that `zipper_ad train` wrote.")
-    config = load_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
     return RunFiles(
-        run, config, read_history(run), _json(run / "training.json"), _json(run / "detector.json"),
+        run, _config(run / "config.yaml"), read_history(run), _json(run / "training.json"), _json(run / "detector.json"),
         _metadata(run / "checkpoints/best.safetensors"), read_scalars(run), read_pictures(run), _lines(run / "log.txt"),
         (run / "checkpoints/state.safetensors").is_file(),
     )
@@ -188,8 +201,8 @@ def _how_it_ended(files: RunFiles) -> list[tuple[str, str]]:
         go_on = " Carry on with <code>zipper_ad train out=RUN resume=true</code>." if files.unfinished else ""
         return [("The training did not finish.", f"It ended after {n}{wanted} epochs, and what is shown here is what there was.{go_on}")]
     if reason == "patience":
-        return [("It stopped early.", f"After epoch {best} the score did not rise any more for as long as train.patience allows, so it ended "
-                 f"after {n}{wanted} epochs. That is as it should be, unless the score jumps up and down: then raise train.patience.")]
+        return [("It stopped early.", f"After epoch {best} the score did not rise any more for as long as train.patience allows, so it "
+                 f"ended after {n}{wanted} epochs. That is as it should be, unless the score jumps about: then raise train.patience.")]
     if reason == "minutes":
         return [("It was ended by the clock.", f"The minutes were over after {n}{wanted} epochs. The learning rate came down in time; "
                  "more minutes may still give a better detector.")]
@@ -202,8 +215,8 @@ def _what_it_learned(files: RunFiles) -> list[tuple[str, str]]:
     if n >= 3 and loss[-1] > 0.95 * loss[0]:
         found.append(("It learned next to nothing.", f"The training loss went from {loss[0]:.3g} to {loss[-1]:.3g}. "
                       "Look for a better rate with <code>zipper_ad lr-find</code>."))
-    if n >= 3 and np.nanmax(scores, initial=0) < 0.1:
-        found.append(("It hardly finds damage.", f"The best score is {np.nanmax(scores, initial=0):.3f}; guessing gives the damaged share of "
+    if n >= 3 and files.best_epoch is not None and scores[files.best_epoch] < 0.1:
+        found.append(("It hardly finds damage.", f"The best score is {scores[files.best_epoch]:.3f}; guessing gives the damaged share of "
                       "the pixels, one or two hundredths. Train longer, or look at the pictures below: is the damage there to be seen?"))
     early = scores[: n - late]
     if n >= 5 and np.isfinite(early).any() and np.nanmax(scores) - np.nanmax(early) > 0.01:
@@ -220,8 +233,9 @@ def _overfitting(files: RunFiles) -> list[tuple[str, str]]:
     means = np.convolve(valid, np.ones(w) / w, "valid")
     if means[-1] <= 1.1 * means.min() or np.mean(loss[-w:]) >= np.mean(loss[-3 * w : -w]):
         return []
-    return [("The loss on held-out pictures was rising at the end.", f"It was lowest near epoch {int(np.argmin(means)) + w // 2}, while the "
-             "loss on training pictures went on falling: the network learns them by heart. The best epoch was kept; more photographs, "
+    lowest = int(np.argmin(means)) + w // 2
+    return [("The loss on held-out pictures was rising at the end.", f"It was lowest near epoch {lowest}, while the loss on training "
+             " pictures went on falling: the network learns them by heart. The best epoch was kept; more photographs, "
              "stronger augmentation (data.shift, data.contrast) or a smaller model help.")]
 
 # %% ../nbs/42_training_report.ipynb #28c8b3b2
@@ -318,7 +332,7 @@ def curves(
                "The weighted sum that is trained. On held-out pictures the damage is the same in every epoch."),
         _chart(_terms(s, "train"), "Parts of the loss, training", "Each unweighted, every few steps."),
         _chart(_terms(s, "valid"), "Parts of the loss, held out", "Each unweighted."),
-        _chart(pick({"valid/PSNR": "PSNR"}), "PSNR in dB", "Restored against undamaged pictures: ten more are a tenth of the squared error."),
+        _chart(pick({"valid/PSNR": "PSNR"}), "PSNR in dB", "Restored against undamaged pictures: ten more are a tenth of the error."),
         _chart(pick({"valid/SSIM": "SSIM"}), "SSIM", "The same for local structure; 1 is equal."),
         _chart(pick({"train/learning rate": "rate"}), "Learning rate", "It rises in the first epochs, then falls as a cosine.", log=False),
         _chart(pick({"train/gradient norm": "norm"}), "Gradient's norm", "Before clipping. Often above the line: the rate may be high.",
