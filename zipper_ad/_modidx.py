@@ -1011,6 +1011,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'zipper_ad/training_report.py'),
                                            'zipper_ad.training_report._chart': ( 'training_report.html#_chart',
                                                                                  'zipper_ad/training_report.py'),
+                                           'zipper_ad.training_report._clock': ( 'training_report.html#_clock',
+                                                                                 'zipper_ad/training_report.py'),
                                            'zipper_ad.training_report._config': ( 'training_report.html#_config',
                                                                                   'zipper_ad/training_report.py'),
                                            'zipper_ad.training_report._data': ( 'training_report.html#_data',

@@ -415,7 +415,7 @@ def _environment(files: RunFiles) -> str:
     names = [k for k in dict.fromkeys(k for s in sessions for k in s) if k not in ("started", "epoch")]
     rows = [[escape(k), *(format_value(s.get(k)) for s in sessions)] for k in names]
     heads = [f"From epoch {s.get('epoch', 0)}" for s in sessions] if len(sessions) > 1 else ["Value"]
-    return html_table(rows, ["What", *map(escape, heads)], "Environment") if rows else "<p>The environment was not recorded.</p>"
+    return html_table(rows, ["What", *map(escape, heads)], "Where it ran") if rows else "<p>The environment was not recorded.</p>"
 
 
 def _data(files: RunFiles) -> str:
@@ -431,7 +431,7 @@ def _data(files: RunFiles) -> str:
         "threshold": f"{threshold['value']:.4g}" if threshold else None,
         "false alarms: asked": share("target_fpr"), "false alarms: promised, at most": share("promised_fpr"),
     }
-    return html_table([[escape(k), f"<bdi>{format_value(v)}</bdi>"] for k, v in rows.items()], ["What", "Value"], "Data and threshold")
+    return html_table([[escape(k), f"<bdi>{format_value(v)}</bdi>"] for k, v in rows.items()], ["What", "Value"], "What it learned from, and what follows")
 
 # %% ../nbs/42_training_report.ipynb #96a163e2
 def _duration(seconds: float) -> str:
@@ -441,11 +441,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _clock(moment: str | None) -> str | None:
+    "An ISO moment in UTC for people."
+    return str(moment).replace("T", " ").replace("+00:00", " UTC") if moment else None
+
+
 def _times(files: RunFiles) -> str:
     seconds, record = _seconds(files), files.record
     speed = files.scalars.get("train/images a second", (None, []))[1]
     rows = {
-        "begun": (record.get("sessions") or [{}])[0].get("started"), "ended": record.get("ended"),
+        "begun": _clock((record.get("sessions") or [{}])[0].get("started")), "ended": _clock(record.get("ended")),
         "epochs": f"{files.epochs}" + (f" of {files.config.train.epochs}" if files.config else ""),
         "time in epochs": _duration(seconds.sum()) if len(seconds) else None,
         "an epoch (median)": _duration(np.median(seconds)) if len(seconds) else None,
@@ -453,7 +458,7 @@ def _times(files: RunFiles) -> str:
         "parameters": f"{record['parameters']:,}" if "parameters" in record else None,
         "weights kept of epoch": files.best.get("epoch", files.best_epoch),
     }
-    return html_table([[escape(k), format_value(v)] for k, v in rows.items()], ["What", "Value"], "Times and size")
+    return html_table([[escape(k), format_value(v)] for k, v in rows.items()], ["What", "Value"], "How long, and how large")
 
 # %% ../nbs/42_training_report.ipynb #32823199
 _own_style = """
