@@ -931,8 +931,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'zipper_ad/tensorboard.py'),
                                        'zipper_ad.tensorboard.PicturesCallback.after_fit': ( 'tensorboard.html#picturescallback.after_fit',
                                                                                              'zipper_ad/tensorboard.py'),
-                                       'zipper_ad.tensorboard.PicturesCallback.after_train': ( 'tensorboard.html#picturescallback.after_train',
-                                                                                               'zipper_ad/tensorboard.py'),
                                        'zipper_ad.tensorboard.PicturesCallback.after_validate': ( 'tensorboard.html#picturescallback.after_validate',
                                                                                                   'zipper_ad/tensorboard.py'),
                                        'zipper_ad.tensorboard.PicturesCallback.before_fit': ( 'tensorboard.html#picturescallback.before_fit',

@@ -318,11 +318,9 @@ class PicturesCallback(Callback):
         if not self.begun:
             self.begun, self.due, self.waiting = True, self._forget_from(self.epoch), None
 
-    def after_train(self):
-        self.done = training_progress(self.learn)
-
     def before_validate(self):
-        self.examples = MostVisible(self.n)
+        if self.begun:
+            self.examples, self.done = MostVisible(self.n), training_progress(self.learn)
 
     def after_batch(self):
         if self.begun and not self.training:

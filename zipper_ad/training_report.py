@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf.errors import OmegaConfBaseException
@@ -122,20 +123,23 @@ class RunFiles:
     log: list[str] = field(default_factory=list)  # lines of log.txt
     unfinished: bool = False  # there is a state to carry on from
 
-    @property
-    def epochs(self) -> int:
-        "So many were finished."
-        return len(self.history.get("epoch", ()))
 
-    @property
-    def scores(self) -> np.ndarray:
-        "damage_auprc of each epoch."
-        return self.history.get("damage_auprc", np.full(self.epochs, np.nan))
+@patch(as_prop=True)
+def epochs(self: RunFiles) -> int:
+    "So many were finished."
+    return len(self.history.get("epoch", ()))
 
-    @property
-    def best_epoch(self) -> int | None:
-        "Whose weights were kept; None where no epoch has a score."
-        return int(np.nanargmax(self.scores)) if np.isfinite(self.scores).any() else None
+
+@patch(as_prop=True)
+def scores(self: RunFiles) -> np.ndarray:
+    "damage_auprc of each epoch."
+    return self.history.get("damage_auprc", np.full(self.epochs, np.nan))
+
+# %% ../nbs/42_training_report.ipynb #752b08a1
+@patch(as_prop=True)
+def best_epoch(self: RunFiles) -> int | None:
+    "Whose weights were kept; None where no epoch has a score."
+    return int(np.nanargmax(self.scores)) if np.isfinite(self.scores).any() else None
 
 # %% ../nbs/42_training_report.ipynb #3daec5c7
 def _json(file: Path) -> dict:
@@ -431,7 +435,8 @@ def _data(files: RunFiles) -> str:
         "threshold": f"{threshold['value']:.4g}" if threshold else None,
         "false alarms: asked": share("target_fpr"), "false alarms: promised, at most": share("promised_fpr"),
     }
-    return html_table([[escape(k), f"<bdi>{format_value(v)}</bdi>"] for k, v in rows.items()], ["What", "Value"], "What it learned from, and what follows")
+    cells = [[escape(k), f"<bdi>{format_value(v)}</bdi>"] for k, v in rows.items()]
+    return html_table(cells, ["What", "Value"], "What it learned from, and what follows")
 
 # %% ../nbs/42_training_report.ipynb #96a163e2
 def _duration(seconds: float) -> str:
