@@ -520,3 +520,38 @@ def test_damage_on_a_gpu():
     damaged = Corruption()(x, torch.Generator("cuda").manual_seed(0))
     check_damage(x, damaged)
     assert damaged.image.is_cuda and damaged.mask.is_cuda
+
+
+class Steps(Callback):
+    "Counts the batches and the optimiser's steps."
+
+    def before_fit(self):
+        self.batches = self.steps = 0
+
+    def before_backward(self):
+        self.batches += 1
+
+    def after_step(self):
+        self.steps += 1
+
+
+def test_gradients_are_added_up_over_batches(quick):
+    counted = [Steps(), Steps()]
+    plain, summed = (quick(f"train.accumulate={n}", "train.bs=2", "train.ema=0.9", cbs=[c])[0] for n, c in zip((1, 3), counted, strict=True))
+    assert counted[0].batches == counted[1].batches == counted[0].steps
+    assert counted[1].steps == counted[1].batches // 3
+    assert next(c for c in summed.cbs if type(c).__name__ == "GradientAccumulation").n_acc == 6
+    assert summed.recorder.values[-1][0] < summed.recorder.values[0][0]  # it learns
+    assert len(plain.recorder.losses) == len(summed.recorder.losses)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_leaves_no_trace(quick, tmp_path):
+    plain, compiled = (quick(f"train.compile={c}", "train.epochs=1", folder=tmp_path / c)[0] for c in ("false", "true"))
+    assert list(plain.model.state_dict()) == list(compiled.model.state_dict())
+    assert compiled.model._compiled_call_impl is None
+    names = load_file(tmp_path / "true/checkpoints/best.safetensors")
+    assert not [n for n in names if "_orig_mod" in n] and set(names) == set(plain.model.state_dict())
+    losses = [learn.recorder.losses[0].item() for learn in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -5,9 +5,10 @@
 
 PATTERN is a row's name or a pattern such as "main-cnn-*"; without one, all rows are made, in order. Rows on rendered pictures need
 nothing; rows on real ones need photographs=DIR, a folder in MVTec's layout. Each row trains with the settings it names, on one
-processor thread (so that `jobs` rows can run side by side), measures on the test folder, and writes what `zipper_ad evaluate`
-writes, with the settings, the minutes and the same figures for each map alone and for all reconstruction maps without the damage
-map. These score the same network, calibrated on the same held-out normals; they train nothing. `measure` does the same for any run.
+processor thread (so that `jobs` rows can run side by side) and by epochs, not by the preset's minutes (which are meant for two
+cores), measures on the test folder, and writes what `zipper_ad evaluate` writes, with the settings, the minutes and the same figures
+for each map alone and for all reconstruction maps without the damage map. These score the same network, calibrated on the same
+held-out normals; they train nothing. `measure` does the same for any run.
 
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
@@ -192,7 +193,7 @@ def trained(name: str, row: dict, data: Path, runs: Path) -> tuple[Path, list[st
     "The run of a row, trained if that was not done before, and its settings."
     from zipper_ad.cli import main as zipper_ad
 
-    run, settings = runs / name, [*row["settings"], "train.threads=1"]
+    run, settings = runs / name, ["train.minutes=0", *row["settings"], "train.threads=1"]
     if not (run / "detector.json").exists():
         start = time.monotonic()
         if zipper_ad(["train", f"data={data}", f"out={run}", *settings]):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
-           'main', 'data_render', 'data_check', 'data_fetch', 'train', 'describe_metrics', 'write_json', 'evaluate',
-           'predict', 'demo']
+           'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'describe_metrics',
+           'write_json', 'evaluate', 'predict', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -257,6 +257,7 @@ def _train(config, folder: Path, resume: bool = False):
     from zipper_ad.distributed import is_main
     from zipper_ad.learner import reference_indices, train_autoencoder
     from zipper_ad.resume import forget_state
+    from zipper_ad.training_report import training_report
 
     if not (folder / "detector.json").exists() and is_main():
         save_config(config, folder / "config.yaml")
@@ -270,6 +271,7 @@ def _train(config, folder: Path, resume: bool = False):
     )
     detector.save(folder)
     forget_state(folder)
+    training_report(folder)
     logger.info("trained on %d normal pictures, threshold %.4g from %d others", len(split.train), detector.threshold.value,
                 detector.threshold.n_calibration)
     return detector
@@ -342,6 +344,7 @@ def _train_here(config, out: str, overwrite: bool, resume: bool):
     if detector:
         t = detector.threshold
         print(f"detector: {out}\nthreshold {t.value:.4g}, promised rate of false alarms {t.promised_fpr:.1%}")
+        print(f"how the training went: {folder / 'training_report.html'}")
         print(f"next: zipper_ad predict run={out} input=PHOTOGRAPHS out=verdicts")
 
 # %% ../nbs/50_cli.ipynb #e0f36d05
@@ -378,6 +381,30 @@ def _sweep(pairs, other: str | None) -> int:
         if row["error"]:
             _say(f"{Path(out) / row['job']}: {row['error']}")
     return int(any(row["error"] for row in rows))
+
+# %% ../nbs/50_cli.ipynb #f3455251
+@command("training-report")
+def training_report(pairs):
+    "Write a report on how a training went, finished or not: run=RUN [out=FILE.html]"
+    from zipper_ad.training_report import training_report as write
+
+    run, out = _option(pairs, "run", str), _option(pairs, "out", "")
+    _nothing_left(pairs, ["run", "out"])
+    print(f"report: {write(run, out or None)}")
+
+
+@command("lr-find")
+def lr_find(pairs):
+    "Search a learning rate by a short mock training: data=DIR [model=cnn out=lr-find.png steps=100 …]"
+    out, steps = _option(pairs, "out", "lr-find.png"), _option(pairs, "steps", 100)
+    config = _need_data(_new_config(pairs))
+    _check_early(config)
+    from zipper_ad.lr_find import advice, plot_search, search_lr
+
+    found = search_lr(config, steps, terminal=True)
+    with atomic_path(out) as temporary:
+        plot_search(found).savefig(temporary, format=Path(out).suffix[1:] or "png", dpi=150)
+    print(f"{advice(found)}\npicture: {out}")
 
 # %% ../nbs/50_cli.ipynb #9f981219
 def describe_metrics(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'NormalSplit', 'split_three', 'reference_indices', 'decay_groups', 'make_corruption', 'loss_weights',
-           'training_callbacks', 'check_losses', 'ae_learner', 'learn_upright', 'make_dls', 'train_autoencoder']
+           'writers', 'training_callbacks', 'check_losses', 'ae_learner', 'learn_upright', 'make_dls',
+           'train_autoencoder']
 
 # %% ../nbs/20_learner.ipynb #cefaf1f7
 import dataclasses
@@ -38,14 +39,14 @@ from .losses import PerceptualLoss
 from .models.head import Restorer
 from .pose import Upright, UprightPictures, find_pose
 from .resume import ResumableLearner, ResumeCallback, forget_state, read_state
-from .tensorboard import TensorBoardCallback, restoration_figure
+from .tensorboard import PicturesCallback, RecordCallback, TensorBoardCallback, restoration_figure
 
 # %% ../nbs/20_learner.ipynb #b3a1686f
 import_torchvision()
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.progress import CSVLogger, ProgressCallback  # noqa: E402
 from fastai.callback.tracker import EarlyStoppingCallback  # noqa: E402
-from fastai.callback.training import GradientClip  # noqa: E402
+from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
 from fastai.learner import Learner  # noqa: E402
 from fastai.optimizer import OptimWrapper  # noqa: E402
 from fastcore.basics import patch  # noqa: E402
@@ -112,6 +113,16 @@ def loss_weights(
     return {} if config.model.head == "image" else {k: getattr(config.loss, k) for k in names}
 
 # %% ../nbs/20_learner.ipynb #3b0b796a
+def writers(
+    config: Config,  # the run's settings
+    folder: Path,  # the run's folder
+) -> list:
+    "The callbacks that write to a run's folder: checkpoints, history, pictures, a record of the circumstances, TensorBoard."
+    callbacks = [CheckpointCallback(folder / "checkpoints"), CSVLogger("history.csv")]
+    callbacks += [PicturesCallback(folder / "pictures"), RecordCallback(folder)]
+    return callbacks + ([TensorBoardCallback(folder / "tensorboard", config)] if config.train.tensorboard else [])
+
+
 def training_callbacks(
     config: Config,  # the run's settings
     device: torch.device,  # where it trains
@@ -133,11 +144,9 @@ def training_callbacks(
     callbacks += [EMACallback(c.ema)] if c.ema else []
     if config.loss.adversarial and config.model.head != "image":
         callbacks.append(AdversarialCallback(config.loss.adversarial, config.model.channels))
+    callbacks += [GradientAccumulation(c.bs * c.accumulate // world()[1])] if c.accumulate > 1 else []
     callbacks += [DistributedCallback(), ShareResult()] if world()[1] > 1 else []
-    if folder is not None and is_main():
-        callbacks += [CheckpointCallback(Path(folder) / "checkpoints"), CSVLogger("history.csv")]
-        callbacks += [TensorBoardCallback(Path(folder) / "tensorboard", config)] if c.tensorboard else []
-    return callbacks
+    return callbacks + (writers(config, Path(folder)) if folder is not None and is_main() else [])
 
 # %% ../nbs/20_learner.ipynb #7725e75e
 def check_losses(
@@ -181,9 +190,12 @@ def fit_run(
     "Train for `config.train.epochs` or `.minutes`, whichever ends first."
     self.create_opt()
     self.opt.set_hyper("wd", [config.train.weight_decay, 0.0])
+    if config.train.compile:
+        self.model.compile()  # in place, so that the weights keep their names
     try:
         self.fit(config.train.epochs, lr=config.train.lr)
     finally:
+        self.model._compiled_call_impl = None
         vars(self.model).pop("forward", None)  # fastai calls no after_fit after an error, see AutocastCallback
 
 # %% ../nbs/20_learner.ipynb #40138682
@@ -211,7 +223,7 @@ def find_lr(
     from fastai.callback.schedule import Learner as _  # noqa: F401  (adds lr_find)
 
     away = ScheduleCallback | EarlyStoppingCallback | CheckpointCallback | CSVLogger | EMACallback | AdversarialCallback
-    away |= ResumeCallback | TensorBoardCallback
+    away |= ResumeCallback | TensorBoardCallback | PicturesCallback | RecordCallback
     with self.removed_cbs([c for c in self.cbs if isinstance(c, away)]):
         return self.lr_find(**kwargs)
 
