@@ -29,10 +29,10 @@ LAYERS = {
     "learner": 3, "callbacks": 3, "resume": 3, "tensorboard": 3,
     "score": 4, "metrics": 4,
     "detector": 5,
-    "interpret": 6, "report": 6, "export": 6, "bench": 6, "scale": 6,
+    "interpret": 6, "report": 6, "export": 6, "bench": 6, "scale": 6, "tune": 6,
     "cli": 7, "app": 7, "__main__": 8,
 }  # fmt: skip
-FASTAI_USERS = {"learner", "callbacks", "resume", "tensorboard"}  # importing fastai takes seconds, which `predict` and `-h` cannot wait for
+FASTAI_USERS = {"learner", "callbacks", "resume", "tensorboard", "tune"}  # it takes seconds, which `predict` and `-h` cannot wait for
 
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(ROOT / "settings.ini", encoding="utf-8")
