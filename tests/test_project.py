@@ -34,7 +34,7 @@ LAYERS = {
     "cli": 7, "sweep": 7, "app": 7, "__main__": 8,
 }  # fmt: skip
 # importing fastai takes seconds, which `predict` and `-h` cannot wait for
-FASTAI_USERS = {"learner", "callbacks", "resume", "tensorboard", "distributed", "lr_find"}
+FASTAI_USERS = {"learner", "callbacks", "resume", "tensorboard", "distributed", "lr_find", "tune"}
 
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(ROOT / "settings.ini", encoding="utf-8")

@@ -537,7 +537,8 @@ class Steps(Callback):
 
 def test_gradients_are_added_up_over_batches(quick):
     counted = [Steps(), Steps()]
-    plain, summed = (quick(f"train.accumulate={n}", "train.bs=2", "train.ema=0.9", cbs=[c])[0] for n, c in zip((1, 3), counted, strict=True))
+    settings = "train.bs=2", "train.ema=0.9"
+    plain, summed = (quick(f"train.accumulate={n}", *settings, cbs=[c])[0] for n, c in zip((1, 3), counted, strict=True))
     assert counted[0].batches == counted[1].batches == counted[0].steps
     assert counted[1].steps == counted[1].batches // 3
     assert next(c for c in summed.cbs if type(c).__name__ == "GradientAccumulation").n_acc == 6

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
-           'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'describe_metrics',
-           'write_json', 'evaluate', 'predict', 'demo']
+           'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
+           'describe_metrics', 'write_json', 'evaluate', 'predict', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -405,6 +405,23 @@ def lr_find(pairs):
     with atomic_path(out) as temporary:
         plot_search(found).savefig(temporary, format=Path(out).suffix[1:] or "png", dpi=150)
     print(f"{advice(found)}\npicture: {out}")
+
+# %% ../nbs/50_cli.ipynb #0f5b6204
+@command("tune")
+def tune(pairs):
+    "Search for good settings, judged without labels: data=DIR out=DIR [n_trials=20 minutes=0 space=FILE pruner=median model=… …]"
+    out, n_trials, minutes = _option(pairs, "out", str), _option(pairs, "n_trials", 20), _option(pairs, "minutes", 0.0)
+    space, pruner = _option(pairs, "space", ""), _option(pairs, "pruner", "median")
+    config = _need_data(_new_config(pairs))
+    _check_early(config)
+    from zipper_ad.tune import best_trial, describe_study, read_space
+    from zipper_ad.tune import tune as search
+
+    study = search(config, out, n_trials, minutes, read_space(space) if space else None, config.seed, pruner)
+    print(describe_study(study), f"\nall trials: {out}/tune.html", sep="")
+    if best_trial(study) is None:
+        return 1
+    print(f"next: zipper_ad train --config {out}/best.yaml data={config.data.root} out=runs/tuned")
 
 # %% ../nbs/50_cli.ipynb #9f981219
 def describe_metrics(
