@@ -315,7 +315,7 @@ class PicturesCallback(Callback):
 
     def before_train(self):
         if not self.begun:
-            self.begun, self.due, self.waiting = True, self._forget_from(self.epoch), None
+            self.begun, self.due, self.waiting, self.examples = True, self._forget_from(self.epoch), None, MostVisible(self.n)
         self.validated = False
 
     def before_validate(self):
