@@ -11,7 +11,7 @@ from test_report import HOSTILE, checked
 
 from zipper_ad.config import load_config, make_config, save_config
 from zipper_ad.core import InputError, import_torchvision
-from zipper_ad.learner import train_autoencoder
+from zipper_ad.learner import train_autoencoder, training_callbacks
 from zipper_ad.lr_find import advice, plot_search, search_lr
 from zipper_ad.models.base import Restored
 from zipper_ad.models.head import Restorer
@@ -38,8 +38,11 @@ def settings(data, *more):
     return make_config([f"data={data}", *SMALL, "train.minutes=0", "train.epochs=4", *more])
 
 
-def watchers(folder):
-    return [PicturesCallback(folder / "pictures"), RecordCallback(folder)]
+def watchers(folder, kept=False):
+    "Both callbacks; none where a training that is kept in a folder has them anyway."
+    config = make_config(SMALL)
+    has = kept and any(isinstance(c, RecordCallback) for c in training_callbacks(config, torch.device("cpu"), folder))
+    return [] if has else [PicturesCallback(folder / "pictures"), RecordCallback(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def run(trained, tmp_path_factory):
     "A finished run with pictures, record and events."
     folder = tmp_path_factory.mktemp("finished") / "run"
     config = settings(trained.data)
-    train_autoencoder(config, folder, terminal=True, cbs=watchers(folder))
+    train_autoencoder(config, folder, terminal=True, cbs=watchers(folder, kept=True))
     save_config(config, folder / "config.yaml")
     shutil.copy(trained.run / "detector.json", folder)
     (folder / "checkpoints/state.safetensors").unlink()
@@ -161,6 +164,13 @@ def test_the_end_is_said(copy, reason, told):
 
 
 # ---------------------------------------------------------------- pictures and record
+class StopAtOnce(Callback):
+    "Ends the training after its first batch, before anything was validated."
+
+    def after_batch(self):
+        raise CancelFitException()
+
+
 class StopAfter(Callback):
     "Ends the training after an epoch, as early stopping does."
 
@@ -196,6 +206,13 @@ def test_the_last_epoch_is_kept_whatever_ended_it(trained, tmp_path):
     assert record["reason"] == "interrupted" and len(record["seconds"]) == 3
 
 
+def test_a_training_cut_short_in_its_first_epoch_has_no_pictures(trained, tmp_path):
+    train_autoencoder(settings(trained.data), terminal=True, cbs=[*watchers(tmp_path), StopAtOnce()])
+    assert [p.name for p in tmp_path.iterdir()] == ["training.json"]
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["reason"] == "interrupted" and record["seconds"] == []
+
+
 def test_a_new_training_drops_the_pictures_of_the_old(trained, tmp_path):
     (tmp_path / "pictures").mkdir()
     for name in ("epoch-007.jpg", "final.jpg", "epoch-mine.jpg", "notes.txt"):
@@ -219,9 +236,9 @@ class KillAfter(StopAfter):
 def test_resumed_run_has_the_pictures_and_record_of_a_whole_one(trained, run, tmp_path):
     config = settings(trained.data)
     with pytest.raises(Killed):
-        train_autoencoder(config, tmp_path, terminal=True, cbs=[*watchers(tmp_path), KillAfter(1)])
+        train_autoencoder(config, tmp_path, terminal=True, cbs=[*watchers(tmp_path, kept=True), KillAfter(1)])
     (tmp_path / "pictures/epoch-003.jpg").write_bytes(b"of an epoch beyond the state")
-    train_autoencoder(config, tmp_path, terminal=True, resume=True, cbs=watchers(tmp_path))
+    train_autoencoder(config, tmp_path, terminal=True, resume=True, cbs=watchers(tmp_path, kept=True))
     ours, theirs = ({p.name: p.read_bytes() for p in (folder / "pictures").iterdir()} for folder in (tmp_path, run))
     assert ours == theirs
     record = json.loads((tmp_path / "training.json").read_text())

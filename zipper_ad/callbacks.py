@@ -218,7 +218,8 @@ class DamageAUPRC(Metric):
         self.maps, self.masks = [], []
 
     def accumulate(self, learn):
-        restored, (_, mask), self.device = learn.pred, learn.yb, learn.dls.device
+        restored, (_, mask) = learn.pred, learn.yb
+        self.device = mask.device
         maps = 1 - msgms_map(learn.xb[0], restored.image) if restored.logit is None else restored.logit.sigmoid()
         sigma = self.sigma * maps.shape[-1] / 256
         maps = gaussian_mean(maps, 2 * math.ceil(3 * sigma) + 1, sigma, self.stride)

@@ -308,15 +308,15 @@ class PicturesCallback(Callback):
         count: int = 6,  # about so many through the training; the last is always kept
         n: int = 4,  # parts in each
     ):
-        self.folder, self.count, self.n, self.begun = Path(folder), count, n, False
+        self.folder, self.count, self.n, self.begun, self.validated = Path(folder), count, n, False, False
 
     def before_fit(self):
         self.begun = False
 
     def before_train(self):
-        self.validated = False
         if not self.begun:
-            self.begun, self.due, self.waiting = True, self._forget_from(self.epoch), None
+            self.begun, self.due, self.waiting, self.examples = True, self._forget_from(self.epoch), None, MostVisible(self.n)
+        self.validated = False
 
     def before_validate(self):
         if self.begun:
@@ -335,7 +335,6 @@ class PicturesCallback(Callback):
 
     def after_fit(self):
         if self.begun:
-            self.begun = False
             self._finish_pictures()
 
 # %% ../nbs/23_tensorboard.ipynb #e0f8ae9c
@@ -369,6 +368,7 @@ def _write_pictures(self: PicturesCallback):
 # %% ../nbs/23_tensorboard.ipynb #38fb9b5d
 @patch
 def _finish_pictures(self: PicturesCallback):
+    self.begun = False
     if self.waiting:
         self._write_pictures()
     if len(self.examples):

@@ -270,7 +270,7 @@ def _is_wide(values) -> bool:
     values = values[np.isfinite(values)]
     return len(values) > 1 and values.min() > 0 and values.max() > 20 * values.min()
 
-
+# %% ../nbs/42_training_report.ipynb #460fa5f4
 @_drawn
 def plot_lines(
     lines: Mapping[str, tuple],  # name to (epochs, values)
@@ -480,7 +480,7 @@ code { overflow-wrap: anywhere; }
 @media (max-width: 40rem) { table { min-width: 0; } }
 """
 
-
+# %% ../nbs/42_training_report.ipynb #0016616e
 def _log(files: RunFiles) -> str:
     if not files.log:
         return "<p>There is no log.txt.</p>"
