@@ -192,14 +192,18 @@ class ScheduleCallback(Callback):
             self.lrs.append(self.lr * warmup_cosine(self.progress(), self.warmup))
             self.opt.set_hyper("lr", self.lrs[-1])
 
-    def after_epoch(self):
-        self.look_at_clock()
-        if self.minutes and self.seconds >= self.minutes * 60:
-            raise CancelFitException()
+# %% ../nbs/21_callbacks.ipynb #869d6ff3
+@patch
+def after_epoch(self: ScheduleCallback):
+    self.look_at_clock()
+    if self.minutes and self.seconds >= self.minutes * 60:
+        raise CancelFitException()
 
-    def after_batch(self):
-        if self.training and self.minutes and self.seconds >= self.minutes * 60 * 1.2 + 5:
-            raise CancelFitException()  # an epoch longer than the budget is cut short
+
+@patch
+def after_batch(self: ScheduleCallback):
+    if self.training and self.minutes and self.seconds >= self.minutes * 60 * 1.2 + 5:
+        raise CancelFitException()  # an epoch longer than the budget is cut short
 
 # %% ../nbs/21_callbacks.ipynb #1440fa9e
 class DamageAUPRC(Metric):

@@ -367,7 +367,7 @@ def train(pairs, cfg=None, config=None, multirun=False):
     _check_early(config)
     return _train_here(config, out, overwrite, resume) if processes == 1 else _train_by(processes, config, given)
 
-
+# %% ../nbs/50_cli.ipynb #8f27d05d
 def _sweep(pairs, other: str | None) -> int:
     from zipper_ad.sweep import describe_sweep, run_sweep
 
@@ -395,15 +395,18 @@ def training_report(pairs):
 
 @command("lr-find")
 def lr_find(pairs):
-    "Search a learning rate by a short mock training: data=DIR [model=cnn out=lr-find.png steps=100 …]"
-    out, steps = _option(pairs, "out", "lr-find.png"), _option(pairs, "steps", 100)
+    "Search a learning rate by a short mock training: data=DIR [model=cnn out=lr-find.png steps=100 lowest=1e-6 highest=10 …]"
+    out, steps = Path(_option(pairs, "out", "lr-find.png")), _option(pairs, "steps", 100)
+    lowest, highest = _option(pairs, "lowest", 1e-6), _option(pairs, "highest", 10.0)
+    if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise InputError(f"out={out}: give the name of a picture, for example lr-find.png.")
     config = _need_data(_new_config(pairs))
     _check_early(config)
     from zipper_ad.lr_find import advice, plot_search, search_lr
 
-    found = search_lr(config, steps, terminal=True)
+    found = search_lr(config, steps, lowest, highest, terminal=True)
     with atomic_path(out) as temporary:
-        plot_search(found).savefig(temporary, format=Path(out).suffix[1:] or "png", dpi=150)
+        plot_search(found).savefig(temporary, format=out.suffix[1:], dpi=150)
     print(f"{advice(found)}\npicture: {out}")
 
 # %% ../nbs/50_cli.ipynb #0f5b6204

@@ -122,7 +122,7 @@ def writers(
     callbacks += [PicturesCallback(folder / "pictures"), RecordCallback(folder)]
     return callbacks + ([TensorBoardCallback(folder / "tensorboard", config)] if config.train.tensorboard else [])
 
-
+# %% ../nbs/20_learner.ipynb #c343f043
 def training_callbacks(
     config: Config,  # the run's settings
     device: torch.device,  # where it trains
