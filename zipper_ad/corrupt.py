@@ -111,7 +111,9 @@ def part_scale(
     x: torch.Tensor,  # (B,C,H,W) in [0,1]
     filled: float = 0.8,  # share of the picture that is not plain, from which on a part counts as filling it
 ) -> float:
-    "How large the parts are beside the picture, as a length: in (0,1], one number for the batch."
+    "How large the parts are beside the picture, as a length in (0,1], one for the batch; 1 below 64 pixels, where it cannot be told."
+    if min(x.shape[-2:]) < 64:
+        return 1.0
     return min(1.0, math.sqrt(busy_places(x).mean().item() / filled))
 
 
