@@ -67,7 +67,7 @@ def quick(monkeypatch):
     run_trial.calls, run_trial.faults = 0, {}
     monkeypatch.setattr(tuning, "run_trial", run_trial)
     monkeypatch.setattr(tuning, "gc", SimpleNamespace(collect=int))  # nothing was trained; and figures are drawn in the notebook
-    monkeypatch.setattr(tuning, "_curve", lambda draw, alt: "")
+    monkeypatch.setattr(tuning, "chart", lambda draw, alt: "")
     return run_trial
 
 

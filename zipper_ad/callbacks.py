@@ -370,7 +370,7 @@ class FiniteLoss(Callback):
 
     def after_loss(self):
         if self.training and not torch.isfinite(self.loss):
-            raise InputError(f"the loss became {float(self.loss)} in epoch {self.epoch + 1}: this training is lost, its checkpoints of "
+            raise InputError(f"the loss became {self.loss.item()} in epoch {self.epoch + 1}: this training is lost, its checkpoints of "
                              f"earlier epochs are kept. Lower train.lr ({self.learn.lr:g}) or train.clip; begin anew with overwrite=true.")
 
 # %% ../nbs/21_callbacks.ipynb #af5dd85a

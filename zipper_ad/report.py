@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['format_value', 'format_interval', 'count_of', 'summary', 'html_table', 'metric_tables', 'image_tag',
-           'examples_section', 'flatten', 'curves_section', 'write_report']
+           'examples_section', 'flatten', 'chart', 'curves_section', 'write_page', 'write_report']
 
 # %% ../nbs/41_report.ipynb #0a84a45d
 import base64
@@ -308,8 +308,12 @@ def _errors_section(verdicts) -> str:
     return f"<section><h2>Images without a verdict: {len(failed)}</h2><ul>{items}</ul></section>" if failed else ""
 
 # %% ../nbs/41_report.ipynb #1d71bce2
-def _curve(draw, alt: str, caption: str = "") -> str:
-    "A chart with its caption, or the reason why there is none."
+def chart(
+    draw,  # a function that returns a matplotlib figure, or raises `InputError` where there is nothing to draw
+    alt: str,  # what a reader who does not see it is told
+    caption: str = "",  # below it
+) -> str:
+    "A chart with its caption as HTML, or the reason why there is none."
     try:
         figure = draw()
     except InputError as e:
@@ -332,10 +336,10 @@ def curves_section(
     block, n = metrics["threshold"], len(labels) - sum(labels)
     threshold = Threshold(block["value"], block.get("target_fpr"), block["promised_fpr"], block.get("n_calibration"))
     ci, what = _image_intervals(metrics).get("auroc"), f"{n} good and {sum(labels)} defective {_images(data_note)}"
-    shown = _curve(lambda: plot_scores(scores, kinds, threshold), f"Histogram of the scores of {what} with the threshold, "
+    shown = chart(lambda: plot_scores(scores, kinds, threshold), f"Histogram of the scores of {what} with the threshold, "
                    "and a strip of dots for each kind", f"Scores of {what}. Crosses are on the wrong side of the threshold.")
     alt = f"ROC curve with a 95% band; AUROC {metrics['image'].get('auroc')}"
-    roc = _curve(lambda: plot_roc(labels, scores, threshold, ci, n_bootstrap=500), alt, f"ROC on {what}.")
+    roc = chart(lambda: plot_roc(labels, scores, threshold, ci, n_bootstrap=500), alt, f"ROC on {what}.")
     return f"<h2>Scores and threshold</h2>{shown}<h2>ROC</h2>{roc}"
 
 # %% ../nbs/41_report.ipynb #dfec7ce9
@@ -412,11 +416,24 @@ $body
 </html>
 """)
 
-# %% ../nbs/41_report.ipynb #2b848e1e
+
+def write_page(
+    path: str | Path,  # the HTML file
+    title: str,  # of the page, plain text
+    body: str,  # HTML; what comes from outside is escaped already
+    style: str = "",  # further rules of CSS
+) -> Path:
+    "Write one self-contained page in the reports' look, whole or not at all; its path."
+    with atomic_path(path) as temporary:
+        html = _page.substitute(title=escape(title), style=_style + style, body=body)
+        temporary.write_text(html, encoding="utf-8", errors="replace")
+    return Path(path)
+
+# %% ../nbs/41_report.ipynb #82b9fd01
 def _sections(metrics, verdicts, labels, kinds, true_masks, scale, config, data_note, extra_figures, n_examples) -> str:
     "The body below the summary."
     figures = (extra_figures or {}).items()
-    extra = "".join(f"<h3>{escape(name)}</h3>{_curve(lambda f=figure: f, name)}" for name, figure in figures)
+    extra = "".join(f"<h3>{escape(name)}</h3>{chart(lambda f=figure: f, name)}" for name, figure in figures)
     cut = metrics["threshold"]["value"]
     sections = [
         f"<h2>Figures</h2>{metric_tables(metrics, data_note)}",
@@ -463,7 +480,4 @@ def write_report(
     _check_lengths(verdicts=verdicts, labels=labels, kinds=kinds, true_masks=true_masks)
     body = _top(title, data_note, metrics, sum(bool(v.error) for v in verdicts))
     body += _sections(metrics, verdicts, labels, kinds, true_masks, scale, config, data_note, extra_figures, n_examples)
-    with atomic_path(path) as temporary:
-        html = _page.substitute(title=escape(title), style=_style, body=body)
-        temporary.write_text(html, encoding="utf-8", errors="replace")
-    return Path(path)
+    return write_page(path, title, body)

@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
 from .config import Config, load_config, make_config
-from .core import InputError, atomic_path
-from .interpret import COLOURS, _drawn
-from .report import _curve, _page, _style, flatten, format_value, html_table, image_tag
+from .core import InputError
+from .interpret import COLOURS, drawn
+from .report import chart, flatten, format_value, html_table, image_tag, write_page
 
 # %% ../nbs/42_training_report.ipynb #0f1005fa
 def _number(text: str) -> float:
@@ -271,7 +271,7 @@ def _is_wide(values) -> bool:
     return len(values) > 1 and values.min() > 0 and values.max() > 20 * values.min()
 
 # %% ../nbs/42_training_report.ipynb #460fa5f4
-@_drawn
+@drawn
 def plot_lines(
     lines: Mapping[str, tuple],  # name to (epochs, values)
     title: str,  # above the chart
@@ -312,7 +312,7 @@ def _chart(lines: Mapping, title: str, caption: str, **kwargs) -> str:
     "One chart as HTML; nothing where there are no curves."
     if not any(len(x) for x, _ in lines.values()):
         return ""
-    return _curve(lambda: plot_lines(lines, title, **kwargs), f"Line chart over the epochs: {title}. {_said(lines)}.", caption)
+    return chart(lambda: plot_lines(lines, title, **kwargs), f"Line chart over the epochs: {title}. {_said(lines)}.", caption)
 
 
 def _terms(scalars: Mapping, part: str) -> dict:
@@ -521,8 +521,4 @@ def training_report(
     now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     body = f'<h1>{escape(title)}</h1><p class="meta">Training report, {now}</p>{_top(files, findings(files))}'
     body += "\n".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items())
-    out = Path(out or Path(run) / "training_report.html")
-    with atomic_path(out) as temporary:
-        html = _page.substitute(title=escape(title), style=_style + _own_style, body=body)
-        temporary.write_text(html, encoding="utf-8", errors="replace")
-    return out
+    return write_page(out or Path(run) / "training_report.html", title, body, _own_style)

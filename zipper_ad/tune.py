@@ -48,10 +48,10 @@ from .config import Config, check_config, config_from_dict, nearest_name, save_c
 from .core import InputError, atomic_path, import_torchvision
 from .corrupt import lint, probe
 from .data import fingerprint
-from .interpret import COLOURS, _drawn
+from .interpret import COLOURS, drawn
 from .learner import check_losses, make_dls, train_autoencoder
 from .models.base import Restored
-from .report import _curve, _page, _style, html_table
+from .report import chart, html_table, write_page
 from .tensorboard import flat_settings
 
 import_torchvision()  # fastai imports it
@@ -250,7 +250,7 @@ def judge(
 
 # %% ../nbs/26_tune.ipynb #a9ec00d4
 class TrialCallback(TrackerCallback):
-    "Judges a training after each epoch, reports to Optuna, and ends it where that is not worth going on or the loss is not a number."
+    "Judges a training after each epoch, reports to Optuna, and ends it where that is not worth going on."
 
     order = TrackerCallback.order + 1
 
@@ -263,16 +263,13 @@ class TrialCallback(TrackerCallback):
     ):
         super().__init__(monitor="damage_auprc", comp=np.greater)
         self.trial, self.questions, self.size, self.told = trial, questions, size, told
-        self.score = self.kept = self.failure = None
+        self.score = self.kept = None
         self.pruned = False
 
     def after_create(self):
         self.learn.remove_cbs(self.learn.cbs.filter(lambda c: isinstance(c, TerminalProgress)))  # the search has a bar of its own
 
-    def after_batch(self):
-        if self.training and not math.isfinite(self.loss.item()):
-            self.failure = f"the loss was {self.loss.item()} in epoch {self.epoch + 1}"
-            raise CancelFitException()
+
 
 # %% ../nbs/26_tune.ipynb #d0bfba51
 @patch
@@ -299,8 +296,8 @@ def run_trial(
     check_losses(config)
     callback = TrialCallback(trial, questions, config.data.size, told)
     train_autoencoder(config, terminal=True, cbs=[callback])
-    if callback.failure or callback.score is None and not callback.pruned:
-        raise ArithmeticError(callback.failure or "the training ended before its first validation")
+    if callback.score is None and not callback.pruned:
+        raise ArithmeticError("the training ended before its first validation")
     trial.set_user_attr("kept", callback.kept)
     if callback.pruned:
         raise optuna.TrialPruned
@@ -484,7 +481,7 @@ def best_config(
     return with_settings(first_config(study), settings_of(best))
 
 # %% ../nbs/26_tune.ipynb #29d393ff
-@_drawn
+@drawn
 def plot_history(
     study: optuna.Study,  # from `tune` or `open_study`
 ):
@@ -507,7 +504,7 @@ def plot_history(
     return fig
 
 # %% ../nbs/26_tune.ipynb #32196665
-@_drawn
+@drawn
 def plot_epochs(
     study: optuna.Study,  # from `tune` or `open_study`
 ):
@@ -537,7 +534,7 @@ def importances(
     return {k: float(v) for k, v in get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)).items()}
 
 
-@_drawn
+@drawn
 def plot_importances(
     study: optuna.Study,  # from `tune` or `open_study`
 ):
@@ -552,7 +549,7 @@ def plot_importances(
     return fig
 
 # %% ../nbs/26_tune.ipynb #822d90b0
-@_drawn
+@drawn
 def plot_settings(
     study: optuna.Study,  # from `tune` or `open_study`
     columns: int = 3,  # panels in a row
@@ -627,13 +624,11 @@ def write_tuning_report(
         plot_history: "The score of every trial, and the best so far", plot_epochs: "The score of each trial after each epoch",
         plot_importances: "How much each setting mattered", plot_settings: "Score against each setting",
     }  # fmt: skip
-    drawn = "".join(f"<section>{_curve(functools.partial(f, study), alt)}</section>" for f, alt in figures.items()) if rows else ""
+    drawn = "".join(f"<section>{chart(functools.partial(f, study), alt)}</section>" for f, alt in figures.items()) if rows else ""
     heads = ["epoch kept" if k == "kept_epoch" else escape(k) for k in (rows[0] if rows else ["trial"])]
     table = html_table([[escape(_short(v)) for v in r.values()] for r in rows], heads, "All trials, the best first")
     body = f'<h1>Search for settings</h1><p class="short">{short}</p><p>{escape(NOTE)}</p>{drawn}<section>{table}</section>'
-    with atomic_path(path) as temporary:
-        temporary.write_text(_page.substitute(title="Search for settings", style=_style, body=body), encoding="utf-8")
-    return Path(path)
+    return write_page(path, "Search for settings", body)
 
 # %% ../nbs/26_tune.ipynb #7af28c65
 def _write(study: optuna.Study, out: Path):
