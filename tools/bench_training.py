@@ -3,7 +3,8 @@
     python tools/bench_training.py [OUT.json] [rounds=5] [steps=20]
 
 The two take turns, so that a noisy machine is noisy for both; each round gives one ratio, and the median is reported.
-Whole trainings of two epochs, validation included, with TensorBoard and pictures after each epoch, take turns with the same without.
+Whole trainings of two epochs, validation included, with all that a run writes (TensorBoard, its pictures after each epoch, the
+training report's pictures, checkpoints), take turns with the same that write nothing.
 """
 
 import json
@@ -23,7 +24,6 @@ from zipper_ad.data import Augment
 from zipper_ad.learner import ae_learner, decay_groups, make_dls
 from zipper_ad.models.head import Restorer
 from zipper_ad.synth import render_dataset
-from zipper_ad.tensorboard import TensorBoardCallback
 
 options = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
 out = next((a for a in sys.argv[1:] if "=" not in a), None)
@@ -84,8 +84,8 @@ def main():
 
     def fit_seconds(watched):
         c = make_config([f"data={root}", "train.minutes=0", "train.epochs=2"])
-        cbs = [TensorBoardCallback(tempfile.mkdtemp(), pictures=2)] if watched else []
-        short = ae_learner(dls, c, cbs=cbs)
+        folder = Path(tempfile.mkdtemp()) if watched else None
+        short = ae_learner(dls, c, folder)
         with short.no_bar(), short.no_logging():
             start = time.perf_counter()
             short.fit_run(c)

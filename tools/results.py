@@ -12,7 +12,7 @@ held-out normals; they train nothing. `measure` does the same for any run.
 
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
-pictures; `damage` leaves one kind of damage out at a time.
+pictures; `damage` leaves one kind of damage out at a time; `precision` trains the same in fp32 and in bf16.
 """
 
 import fnmatch
@@ -49,6 +49,8 @@ def rows() -> dict[str, dict]:
     for kind in ALIGNED:
         others = "{" + ", ".join(f"{k}: {w}" for k, w in ALIGNED.items() if k != kind) + "}"
         table[f"damage-without-{kind}-zippers"] = ("zippers", ["model=cnn", f"damage.kinds={others}", *SMALL])
+    table |= {f"precision-cnn-{p}-zippers-seed{s}": ("zippers", ["model=cnn", f"seed={s}", f"train.precision={p}", *SMALL])
+              for s in (0, 1, 2) for p in ("fp32", "bf16")}
     ready = {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
     for d in ("photographs", "zippers"):
         ready[f"ensemble-{d}-seed0"] = {"data": d, "settings": [], "members": [f"main-{f}-{d}-seed0" for f in FAMILIES[:3]]}
