@@ -1,0 +1,276 @@
+"Statistics: against independent implementations, properties, and broken input."
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from zipper_ad import statistics as s
+from zipper_ad.core import InputError
+from zipper_ad.metrics import auprc, auroc, bootstrap_interval
+from zipper_ad.score import Threshold, conformal_threshold
+
+
+def problem(seed, n=None):
+    "Labels and the scores of two detectors; every other one with many ties."
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat([0, 1], n or rng.integers(5, 40, 2)))
+    shared = rng.normal(size=len(labels)) + labels
+    a, b = (shared + rng.normal(0, 0.7, len(labels)) + k * labels for k in rng.uniform(0, 1, 2))
+    return labels, *((np.round(v, seed % 2) if seed % 4 > 1 else v) for v in (a, b))
+
+
+def share_ordered(high, low):
+    "The share of pairs in the right order, ties half, by counting."
+    return float(np.mean([[(x > y) + (x == y) / 2 for y in low] for x in high]))
+
+
+def delong_by_pairs(labels, a, b):
+    "Difference and p-value with DeLong's covariance matrices from all m × n comparisons."
+    kernels = [np.array([[(x > y) + (x == y) / 2 for y in v[labels == 0]] for x in v[labels == 1]]) for v in (a, b)]
+    faulty, good = np.cov([k.mean(1) for k in kernels]), np.cov([k.mean(0) for k in kernels])
+    covariance = faulty / len(kernels[0]) + good / kernels[0].shape[1]
+    difference = kernels[0].mean() - kernels[1].mean()
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    return difference, 2 * stats.norm.sf(abs(difference) / variance**0.5), variance
+
+
+def test_delong_agrees_with_counting_pairs():
+    largest = 0
+    for seed in range(20):
+        labels, a, b = problem(seed)
+        ours, (difference, p_value, variance) = s.delong_test(labels, a, b), delong_by_pairs(labels, a, b)
+        half = stats.norm.ppf(0.975) * variance**0.5
+        expected = [difference, max(difference - half, -1), min(difference + half, 1), p_value,
+                    roc_auc_score(labels, a), roc_auc_score(labels, b)]
+        found = [ours["difference"], *ours["ci"], ours["p_value"], ours["auroc_a"], ours["auroc_b"]]
+        largest = max(largest, np.abs(np.subtract(found, expected)).max())
+    print(f"largest difference {largest:.1e}")
+    assert largest < 1e-10
+
+
+def test_delong_is_antisymmetric_and_ignores_scale():
+    labels, a, b = problem(0)
+    forth, back = s.delong_test(labels, a, b), s.delong_test(labels, b, a)
+    assert forth["difference"] == pytest.approx(-back["difference"], abs=1e-12) and forth["p_value"] == back["p_value"]
+    assert forth["ci"] == pytest.approx([-v for v in back["ci"][::-1]], abs=1e-12)
+    assert s.delong_test(labels, np.exp(a), 5 * b - 3) == forth
+    narrow, wide = (s.delong_test(labels, a, b, level)["ci"] for level in (0.5, 0.99))
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def weak_orders(n):
+    "All ways to rank n items with ties, as tuples of ranks."
+    return {tuple(np.unique(ranks, return_inverse=True)[1]) for ranks in itertools.product(range(n), repeat=n)}
+
+
+@pytest.mark.parametrize("n_good, n_faulty", [(2, 2), (2, 3), (3, 2)])
+def test_no_variance_and_no_difference_means_all_pairs_alike(n_good, n_faulty):
+    "What the interval without variance rests on: placements of all images determine the order of every pair."
+    orders = {}
+    for ranks in weak_orders(n_good + n_faulty):
+        good, faulty = np.array(ranks[:n_good]), np.array(ranks[n_good:])
+        pairs = np.sign(faulty[:, None] - good)
+        orders.setdefault((*pairs.sum(0), *pairs.sum(1)), set()).add(pairs.tobytes())
+    assert len(orders) > 10 and all(len(same) == 1 for same in orders.values())
+
+
+def test_delong_without_variance():
+    labels = np.repeat([0, 1], [12, 24])
+    separated = s.delong_test(labels, labels + np.linspace(0, 0.5, 36), labels)
+    assert separated["difference"] == 0 and separated["p_value"] == 1
+    assert separated["ci"] == pytest.approx([0.05 ** (1 / 12) - 1, 1 - 0.05 ** (1 / 12)])
+    chance = s.delong_test(labels, labels, np.zeros(36))
+    assert chance["difference"] == 0.5 and 0 < chance["p_value"] < 1 and chance["ci"][0] < 0.5 < chance["ci"][1] <= 1
+
+
+def test_comparisons_of_one_class_are_none():
+    for labels in ([0, 0, 0], [1, 1, 1], [0, 0, 1], []):
+        scores = np.arange(len(labels)) * 1.0
+        assert set(s.delong_test(labels, scores, scores).values()) == {None}
+        assert s.bca_interval(auroc, labels, scores) is None
+    assert set(s.paired_bootstrap(auroc, [1, 1], [0.0, 1.0], [1.0, 0.0]).values()) == {None}
+    row, = s.compare_detectors([1, 1], {"a": [0.0, 1.0], "b": [1.0, 0.0]})
+    assert row["p_value"] is row["p_holm"] is None and s.alike_groups([row]) == [["a", "b"]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, "short"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_broken_scores_are_errors(bad, which):
+    labels, *both = problem(1)
+    both[which] = both[which][1:] if bad == "short" else np.where(labels == 1, bad, both[which])
+    match = "same length" if bad == "short" else "not finite"
+    for compare in (s.delong_test, lambda *args: s.paired_bootstrap(auroc, *args, n=9)):
+        with pytest.raises(InputError, match=match):
+            compare(labels, *both)
+    with pytest.raises(InputError, match=f"detector '{'ab'[which]}'.*{match}"):
+        s.compare_detectors(labels, dict(zip("ab", both, strict=True)))
+    with pytest.raises(InputError, match=match):
+        s.bca_interval(auroc, labels, both[which], n=9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bca_agrees_with_scipy(seed):
+    "One sample and two; SciPy's resampled figures, leave-one-out figures by hand."
+    rng = np.random.default_rng(seed)
+    two = rng.normal(1, 1, 18), rng.normal(size=11)
+    for statistic, samples in ((np.mean, (rng.exponential(size=25),)), (np.median, (rng.exponential(size=24) ** 2,)), (share_ordered, two)):
+        theirs = stats.bootstrap(samples, statistic, method="BCa", n_resamples=199, vectorized=False, rng=np.random.default_rng(seed))
+        left_out = [np.array([statistic(*samples[:j], np.delete(x, i), *samples[j + 1 :]) for i in range(len(x))])
+                    for j, x in enumerate(samples)]
+        ours = s._bca(theirs.bootstrap_distribution, statistic(*samples), left_out, 0.95)
+        assert ours == pytest.approx(list(theirs.confidence_interval), abs=1e-10)
+
+
+def test_bca_leaves_out_one_image_at_a_time():
+    labels, a, _ = problem(3, n=(9, 14))
+    drawn = s._resample_counts(labels == 1, 99, 7).astype(int)
+    values = np.array([roc_auc_score(np.repeat(labels, c), np.repeat(a, c)) for c in drawn])
+    left_out = np.array([roc_auc_score(np.delete(labels, i), np.delete(a, i)) for i in range(len(labels))])
+    expected = s._bca(values, roc_auc_score(labels, a), [left_out[labels == 1], left_out[labels == 0]], 0.9)
+    assert s.bca_interval(auroc, labels, a, 99, 7, 0.9) == pytest.approx(expected, abs=1e-10)
+
+
+def test_bca_in_blocks():
+    rng = np.random.default_rng(0)
+    labels = np.arange(1100) % 2
+    scores = rng.normal(size=1100) + labels
+    low, high = s.bca_interval(auroc, labels, scores, n=200)
+    assert [low, high] == pytest.approx(bootstrap_interval(auroc, labels, scores, n=200), abs=0.01) and low < auroc(labels, scores) < high
+
+
+def test_paired_bootstrap_agrees_with_a_loop():
+    for seed in range(4):
+        labels, a, b = problem(seed)
+        counts = s._resample_counts(labels == 1, 20, seed).astype(int)
+        for ours, theirs in ((auroc, roc_auc_score), (auprc, average_precision_score)):
+            d = np.array([theirs(np.repeat(labels, c), np.repeat(a, c)) - theirs(np.repeat(labels, c), np.repeat(b, c)) for c in counts])
+            found = s.paired_bootstrap(ours, labels, a, b, n=20, seed=seed)
+            assert found["ci"] == pytest.approx(list(np.quantile(d, [0.025, 0.975])), abs=1e-10)
+            tail = min((d <= 1e-12).sum(), (d >= -1e-12).sum())
+            assert found["p_value"] == pytest.approx(min(1, 2 * (tail + 1) / 21))
+            assert json.loads(json.dumps(found)) == found
+
+
+def test_paired_difference_needs_matching_values():
+    for a, b in (([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])):
+        with pytest.raises(InputError, match="same length"):
+            s.paired_difference(1, 1, a, b)
+
+
+def test_paired_pixels_agree_with_pixel_metrics():
+    rng = np.random.default_rng(0)
+    masks = np.zeros((8, 16, 16), bool)
+    masks[:5, 3:9, 4:8] = True
+    maps = [rng.normal(size=masks.shape) * noise + masks for noise in (0.3, 0.6)]
+    found = s.paired_pixel_bootstrap(*maps, masks, n=50, seed=3)
+    one = s.pixel_metrics(maps[0], masks, n_bootstrap=50, seed=3)
+    constant = s.paired_pixel_bootstrap(maps[0], np.zeros_like(maps[0]), masks, n=50, seed=3)
+    assert set(found) == {"auroc", "auprc", "aupro"}
+    assert [v - 0.5 for v in one["ci"]["auroc"]] == pytest.approx(constant["auroc"]["ci"], abs=1e-9)
+    with_unknown = s.paired_pixel_bootstrap(*(np.concatenate([m, m[:1]]) for m in maps), [*masks, None], n=50, seed=3)
+    assert with_unknown == found
+    with pytest.raises(InputError, match="one mask"):
+        s.paired_pixel_bootstrap(*maps, masks[1:])
+
+
+@pytest.mark.parametrize("bad", [[-0.1], [1.1], [np.nan], [[0.1]]])
+def test_holm_refuses_what_is_no_p_value(bad):
+    with pytest.raises(InputError):
+        s.holm(bad)
+
+
+def test_holm_against_the_closed_test():
+    "Holm is the closure of Bonferroni: a hypothesis falls when every set that holds it falls, at (smallest p) · (size of the set)."
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        p = rng.random(5) ** 2
+        sets = [c for k in range(1, 6) for c in itertools.combinations(range(5), k)]
+        closed = [max(min(1, len(c) * p[list(c)].min()) for c in sets if i in c) for i in range(5)]
+        assert s.holm(p) == pytest.approx(closed, abs=1e-12)
+
+
+def test_groups_are_the_maximal_cliques():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        names = list("abcdef")
+        rows = [{"a": x, "b": y, "p_holm": float(rng.random() > 0.4)} for x, y in itertools.combinations(names, 2)]
+        differ = {frozenset((r["a"], r["b"])) for r in rows if r["p_holm"] <= 0.05}
+        cliques = [set(c) for k in range(1, 7) for c in itertools.combinations(names, k)
+                   if not any(frozenset(pair) in differ for pair in itertools.combinations(c, 2))]
+        largest = [c for c in cliques if not any(c < other for other in cliques)]
+        assert sorted(map(sorted, s.alike_groups(rows))) == sorted(map(sorted, largest))
+
+
+def test_across_seeds_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    for n in range(2, 8):
+        values = rng.normal(size=n)
+        expected = stats.t.interval(0.9, n - 1, values.mean(), stats.sem(values))
+        assert s.across_seeds(values, 0.9)["ci"] == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(InputError, match="no values"):
+        s.across_seeds([])
+
+
+def test_user_threshold_is_the_conformal_one_at_its_value():
+    rng = np.random.default_rng(0)
+    for n in range(1, 60):
+        scores = rng.normal(size=n)
+        conformal = conformal_threshold(scores, 0.1)
+        assert s.user_threshold(conformal.value, scores).promised_fpr == pytest.approx(conformal.promised_fpr, abs=1e-12)
+
+
+def test_cost_threshold_is_the_cheapest_of_all():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        normal, damaged = np.round(rng.normal(size=rng.integers(1, 30)), 1), np.round(rng.normal(1.5, 1, rng.integers(1, 30)), 1)
+        miss, alarm, share = rng.uniform(0.1, 50), rng.uniform(0.1, 5), rng.uniform(0.001, 0.9)
+        cost = lambda t: (1 - share) * alarm * np.mean(normal > t) + share * miss * np.mean(damaged <= t)  # noqa: E731, B023
+        chosen = s.cost_threshold(normal, damaged, miss, alarm, share)
+        tried = np.unique([*normal, *damaged, *(normal + 0.05), -99, 99])
+        assert s.expected_cost(tried, normal, damaged, miss, alarm, share) == pytest.approx([cost(t) for t in tried], abs=1e-12)
+        assert cost(chosen.value) == pytest.approx(min(cost(t) for t in tried), abs=1e-12)
+        assert isinstance(chosen, Threshold) and np.isfinite(chosen.value) and 0 < chosen.promised_fpr <= 1
+
+
+@pytest.mark.parametrize("setting", [(0, 1, 0.1), (1, 0, 0.1), (1, 1, 0), (1, 1, 1), (np.inf, 1, 0.1), (np.nan, 1, 0.1)])
+def test_impossible_costs_are_errors(setting):
+    with pytest.raises(InputError, match="must be above 0"):
+        s.cost_threshold([1.0], [2.0], *setting)
+
+
+def test_drift_test_of_broken_input():
+    for scores, before in (([], [1.0]), ([1.0], []), ([np.nan], [1.0])):
+        with pytest.raises(InputError):
+            s.drift_test(scores, before)
+    result = s.drift_test([5.0] * 20, [5.0] * 30)  # all alike
+    assert result["p_value"] == 1 and result["higher"] == 0.5 and json.loads(json.dumps(result)) == result
+
+
+def test_online_p_values_rank_among_all_before():
+    rng = np.random.default_rng(0)
+    before, scores = np.round(rng.normal(size=15), 1).tolist(), np.round(rng.normal(size=40), 1)
+    p_of, random = s.OnlinePValues(before, seed=4), np.random.default_rng(4)
+    for score in scores:
+        higher, equal = sum(v > score for v in before), sum(v == score for v in before)
+        assert p_of(score) == pytest.approx((higher + (1 - random.random()) * (equal + 1)) / (len(before) + 1), abs=1e-12)
+        before.append(score)
+    assert p_of.seen == sorted(before)
+
+
+def test_monitor_is_a_mixture_over_bets_and_starts():
+    "The recursion against its definition: for each start k a stake of 1 / (k (k + 1)), spread over 16 bets."
+    p = np.random.default_rng(0).random(60) ** 1.5
+    monitor, bets = s.DriftMonitor(), s._bets(p)
+    for n in range(1, len(p) + 1):
+        begun = sum(bets[k - 1 : n].prod(0).mean() / (k * (k + 1)) for k in range(1, n + 1))
+        assert monitor.update(p[n - 1]) == pytest.approx(begun + 1 / (n + 1), rel=1e-10)
+
+
+@pytest.mark.parametrize("p_values", [[], [0.5, 1.5], [-1.0], [np.nan]])
+def test_plot_of_what_are_no_p_values(p_values):
+    with pytest.raises(InputError):
+        s.plot_p_values(p_values)
