@@ -218,8 +218,15 @@ def test_set_is_reproducible_and_its_parts_differ():
     assert pod_seeds("rough", 3, 7) == one.seeds[:3] != pod_seeds("good", 3, 7)
 
 
-@pytest.mark.parametrize("arguments, said", [(dict(kind="rouhg"), "Did you mean rough"), (dict(kind="rough", n=0), "n=0"),
-                                             (dict(kind="rough", seed=-1), "seed=-1"), (dict(kind="rough", scene="nut"), "scene=nut")])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"kind": "rouhg"}, "Did you mean rough"),
+        ({"kind": "rough", "n": 0}, "n=0"),
+        ({"kind": "rough", "seed": -1}, "seed=-1"),
+        ({"kind": "rough", "scene": "nut"}, "scene=nut"),
+    ],
+)
 def test_set_refuses_what_it_cannot_draw(arguments, said):
     with pytest.raises(InputError, match=said):
         render_pod_set(**arguments)
