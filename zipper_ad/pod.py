@@ -51,7 +51,7 @@ class PodSet(NamedTuple):
     areas: np.ndarray  # (N,) faulty pixels
     seeds: list[int]  # of the parts
 
-
+# %% ../nbs/35_pod.ipynb #ad09bbaf
 def pod_seeds(
     kind: str,  # a kind of defect, or "good"
     n: int,  # how many
@@ -268,6 +268,19 @@ def _apart(x: np.ndarray, hit: np.ndarray) -> bool:
     return x[~hit].max() <= x[hit].min() or x[hit].max() <= x[~hit].min()
 
 # %% ../nbs/35_pod.ipynb #114b4e47
+def _fitted(pod: POD, x: np.ndarray, scale: float, bound: str, firth: bool, points: int) -> POD:
+    "Fill in line, covariance and edge, from standardised sizes."
+    centre, y = x.mean(), pod.detected.astype(float)
+    u = (x - centre) / scale
+    b, covariance = _climb(u, y, firth)
+    at = b, covariance, pod.level
+    edge = _ellipse(*at, points) if bound == "wald" else _edge(u, y, *at, firth, points)
+    back = np.array([[1, -centre / scale], [0, 1 / scale]])
+    (pod.intercept, pod.slope), pod.covariance, pod.edge = (back @ b).tolist(), back @ covariance @ back.T, edge @ back.T
+    pod.method = ("Firth's penalised likelihood" if firth else "maximum likelihood") + f", bound by {bound.replace('wald', 'Wald')}"
+    return pod
+
+# %% ../nbs/35_pod.ipynb #1f3f7f42
 def fit_pod(
     sizes,  # (N,) of the defects: length, area, depth; above 0
     detected,  # (N,) 1 found, 0 missed
@@ -293,19 +306,6 @@ def fit_pod(
         pod.notes.append("one size parts hits from misses, so maximum likelihood has no answer: Firth's penalised likelihood instead.")
     return _fitted(pod, x, scale, bound, apart if firth is None else firth, points)._complete()
 
-
-def _fitted(pod: POD, x: np.ndarray, scale: float, bound: str, firth: bool, points: int) -> POD:
-    "Fill in line, covariance and edge, from standardised sizes."
-    centre, y = x.mean(), pod.detected.astype(float)
-    u = (x - centre) / scale
-    b, covariance = _climb(u, y, firth)
-    at = b, covariance, pod.level
-    edge = _ellipse(*at, points) if bound == "wald" else _edge(u, y, *at, firth, points)
-    back = np.array([[1, -centre / scale], [0, 1 / scale]])
-    (pod.intercept, pod.slope), pod.covariance, pod.edge = (back @ b).tolist(), back @ covariance @ back.T, edge @ back.T
-    pod.method = ("Firth's penalised likelihood" if firth else "maximum likelihood") + f", bound by {bound.replace('wald', 'Wald')}"
-    return pod
-
 # %% ../nbs/35_pod.ipynb #4bc0ce6d
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000")  # after Okabe & Ito, told apart by the colour-blind
 DASHES = ("-", (0, (6, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
@@ -321,12 +321,13 @@ def _groups(pod: POD, wanted: int):
         rows.append((np.median(pod.sizes[part]), k / n, k / n - interval.low, interval.high - k / n))
     return np.array(rows).T
 
-
+# %% ../nbs/35_pod.ipynb #957f673c
 def _draw_curve(pod: POD, axis, colour: str, dash, label: str, row: int = 0):
     "Curve, bound, ticks in their row, and marks at 90 %."
     for hit, y in ((True, 1.05 + 0.06 * row), (False, -0.05 - 0.06 * row)):
         chosen = pod.sizes[pod.detected == hit]
-        axis.plot(chosen, np.full(len(chosen), y), "|", color=colour, ms=6, mew=0.9, clip_on=False)
+        if len(chosen):  # an empty line that is not clipped confuses the layout
+            axis.plot(chosen, np.full(len(chosen), y), "|", color=colour, ms=6, mew=0.9, clip_on=False)
     if pod.slope is None:
         return
     ends = [pod.sizes.min(), max(pod.sizes.max(), min(pod.a90_95 or 0, 1.5 * pod.sizes.max()))]
@@ -412,7 +413,7 @@ def _olsen(theta: np.ndarray, v: np.ndarray, left: np.ndarray, right: np.ndarray
     hessian[2, 2] -= seen.sum() / theta[2] ** 2
     return value, gradient, hessian
 
-
+# %% ../nbs/35_pod.ipynb #8da8d0e9
 def _climb_signal(x, scores, floor: float, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
     "θ (3,) of the largest likelihood and its covariance (3,3), by Newton's steps; a step that does not climb is halved."
     left, right = scores <= floor, scores >= ceiling
@@ -522,7 +523,7 @@ def _of_kind(rows: list[dict], by: str) -> dict[str, list[dict]]:
             raise InputError(f"{kind}: no defect of it changed a pixel visibly. Take more defects, or larger pictures.")
     return chosen
 
-
+# %% ../nbs/35_pod.ipynb #290863de
 def study_curves(
     rows: list[dict],  # as from `pod_study`
     by: str = "extent",  # measure of size, one of `SIZES`
@@ -540,7 +541,7 @@ def study_curves(
             pods[kind].notes.append(f"{left} of {left + len(part)} defects changed no pixel visibly and are left out.")
     return pods
 
-
+# %% ../nbs/35_pod.ipynb #07df6599
 def signal_curves(
     rows: list[dict],  # as from `pod_study`, with good parts
     threshold: float,  # of the detector
@@ -612,7 +613,7 @@ def describe_study(
         lines.append(f"false calls: {calls['alarms']} of {calls['n']} good parts ({share})")
     return "\n".join(lines)
 
-
+# %% ../nbs/35_pod.ipynb #57bae47c
 def write_rows(
     rows: list[dict],  # as from `pod_study`
     path: str | Path,  # a CSV file
@@ -656,7 +657,7 @@ def study_facts(
     about = {"data": "rendered", "size": by, "unit": SIZES[by], "n": len(rows), "false_calls": false_calls(rows)}
     return about | {name: {kind: p.facts() for kind, p in pods.items()} for name, pods in blocks.items()}
 
-
+# %% ../nbs/35_pod.ipynb #cc343ea0
 def write_study(
     rows: list[dict],  # as from `pod_study`
     out: str | Path,  # a folder, made if need be
