@@ -243,10 +243,10 @@ def plot_comparison(
     left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4),
              xlabel=f"AUROC, {1 - alpha:.0%} intervals, {len(labels)} images")
     left.grid(axis="x", color="0.9")
-    right.set(xlim=(-0.7, max(len(groups), 1) - 0.3), xticks=[], xlabel="not told apart")
-    for ax, sides in ((left, ("top", "right")), (right, ("top", "right", "left", "bottom"))):
-        ax.spines[list(sides)].set_visible(False)
-    right.tick_params(left=False)
+    left.spines[["top", "right"]].set_visible(False)
+    right.set_title("not told apart", fontsize=9)
+    right.set_xlim(-0.7, max(len(groups), 1) - 0.3)
+    right.axis("off")
     return fig
 
 # %% ../nbs/33_statistics.ipynb #fa9b1a78
@@ -326,11 +326,11 @@ def plot_p_values(
     level: float = 0.95,  # probability that the whole curve lies in the band
 ):
     "The share of p-values at or below p over p, with a band about the diagonal; a matplotlib figure. `InputError` without p-values."
-    import matplotlib.pyplot as plt
-
     p = np.sort(_finite_scores(p_values, "p-values"))
     if not len(p) or p[0] < 0 or p[-1] > 1:
         raise InputError("a calibration plot needs p-values, each between 0 and 1.")
+    import matplotlib.pyplot as plt
+
     size = len(p) * n_calibration / (len(p) + n_calibration) if n_calibration else len(p)
     half = stats.kstwo.ppf(level, max(round(size), 1))
     fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
@@ -339,7 +339,7 @@ def plot_p_values(
     ax.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--")
     ax.step([0, *p, 1], [0, *np.arange(1, len(p) + 1) / len(p), 1], where="post", color="#0072B2", label=f"{len(p)} normal images")
     ax.set(xlabel="p-value", ylabel="share at or below", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.legend(loc="upper left", frameon=False)
+    ax.legend(loc="lower right", frameon=False)
     return fig
 
 # %% ../nbs/33_statistics.ipynb #232250d2
