@@ -90,6 +90,13 @@ def _both(labels, a, b) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return *_labelled(labels, a), _labelled(labels, b)[1]
 
 
+def _delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    "Both AUROCs, and DeLong's variance of their difference."
+    found = [_placements(s[labels], s[~labels]) for s in (a, b)]
+    kept = [1 - _placements(s[~labels], s[labels]) for s in (a, b)]
+    return *(float(v.mean()) for v in found), sum((v[0] - v[1]).var(ddof=1) / len(v[0]) for v in (found, kept))
+
+# %% ../nbs/33_statistics.ipynb #1a096bf9
 def delong_test(
     labels,  # 0 good, 1 defective, (N,)
     a,  # scores of one detector, higher is more anomalous, (N,)
@@ -103,11 +110,8 @@ def delong_test(
     labels, *both = _both(labels, a, b)
     if (k := int(min(labels.sum(), (~labels).sum()))) < 2:
         return result
-    found = [_placements(s[labels], s[~labels]) for s in both]
-    kept = [1 - _placements(s[~labels], s[labels]) for s in both]
-    areas = [float(v.mean()) for v in found]
+    *areas, variance = _delong(labels, *both)
     difference = areas[0] - areas[1] if abs(areas[0] - areas[1]) > 1e-12 else 0.0
-    variance = sum((v[0] - v[1]).var(ddof=1) / len(v[0]) for v in (found, kept))
     half, p_value = _without_variance(difference, k, level)
     if variance > 1e-24:
         half, p_value = (float(v) for v in (stats.norm.ppf((1 + level) / 2) * variance**0.5,
