@@ -1049,6 +1049,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'zipper_ad.statistics._bca': ('statistics.html#_bca', 'zipper_ad/statistics.py'),
                                       'zipper_ad.statistics._bets': ('statistics.html#_bets', 'zipper_ad/statistics.py'),
                                       'zipper_ad.statistics._both': ('statistics.html#_both', 'zipper_ad/statistics.py'),
+                                      'zipper_ad.statistics._delong': ('statistics.html#_delong', 'zipper_ad/statistics.py'),
                                       'zipper_ad.statistics._figures': ('statistics.html#_figures', 'zipper_ad/statistics.py'),
                                       'zipper_ad.statistics._without_variance': ( 'statistics.html#_without_variance',
                                                                                   'zipper_ad/statistics.py'),

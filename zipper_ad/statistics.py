@@ -90,6 +90,13 @@ def _both(labels, a, b) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return *_labelled(labels, a), _labelled(labels, b)[1]
 
 
+def _delong(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    "Both AUROCs, and DeLong's variance of their difference."
+    found = [_placements(s[labels], s[~labels]) for s in (a, b)]
+    kept = [1 - _placements(s[~labels], s[labels]) for s in (a, b)]
+    return *(float(v.mean()) for v in found), sum((v[0] - v[1]).var(ddof=1) / len(v[0]) for v in (found, kept))
+
+# %% ../nbs/33_statistics.ipynb #1a096bf9
 def delong_test(
     labels,  # 0 good, 1 defective, (N,)
     a,  # scores of one detector, higher is more anomalous, (N,)
@@ -103,11 +110,8 @@ def delong_test(
     labels, *both = _both(labels, a, b)
     if (k := int(min(labels.sum(), (~labels).sum()))) < 2:
         return result
-    found = [_placements(s[labels], s[~labels]) for s in both]
-    kept = [1 - _placements(s[~labels], s[labels]) for s in both]
-    areas = [float(v.mean()) for v in found]
+    *areas, variance = _delong(labels, *both)
     difference = areas[0] - areas[1] if abs(areas[0] - areas[1]) > 1e-12 else 0.0
-    variance = sum((v[0] - v[1]).var(ddof=1) / len(v[0]) for v in (found, kept))
     half, p_value = _without_variance(difference, k, level)
     if variance > 1e-24:
         half, p_value = (float(v) for v in (stats.norm.ppf((1 + level) / 2) * variance**0.5,
@@ -243,10 +247,10 @@ def plot_comparison(
     left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4),
              xlabel=f"AUROC, {1 - alpha:.0%} intervals, {len(labels)} images")
     left.grid(axis="x", color="0.9")
-    right.set(xlim=(-0.7, max(len(groups), 1) - 0.3), xticks=[], xlabel="not told apart")
-    for ax, sides in ((left, ("top", "right")), (right, ("top", "right", "left", "bottom"))):
-        ax.spines[list(sides)].set_visible(False)
-    right.tick_params(left=False)
+    left.spines[["top", "right"]].set_visible(False)
+    right.set_title("not told apart", fontsize=9)
+    right.set_xlim(-0.7, max(len(groups), 1) - 0.3)
+    right.axis("off")
     return fig
 
 # %% ../nbs/33_statistics.ipynb #fa9b1a78
@@ -326,11 +330,11 @@ def plot_p_values(
     level: float = 0.95,  # probability that the whole curve lies in the band
 ):
     "The share of p-values at or below p over p, with a band about the diagonal; a matplotlib figure. `InputError` without p-values."
-    import matplotlib.pyplot as plt
-
     p = np.sort(_finite_scores(p_values, "p-values"))
     if not len(p) or p[0] < 0 or p[-1] > 1:
         raise InputError("a calibration plot needs p-values, each between 0 and 1.")
+    import matplotlib.pyplot as plt
+
     size = len(p) * n_calibration / (len(p) + n_calibration) if n_calibration else len(p)
     half = stats.kstwo.ppf(level, max(round(size), 1))
     fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
@@ -339,7 +343,7 @@ def plot_p_values(
     ax.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--")
     ax.step([0, *p, 1], [0, *np.arange(1, len(p) + 1) / len(p), 1], where="post", color="#0072B2", label=f"{len(p)} normal images")
     ax.set(xlabel="p-value", ylabel="share at or below", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.legend(loc="upper left", frameon=False)
+    ax.legend(loc="lower right", frameon=False)
     return fig
 
 # %% ../nbs/33_statistics.ipynb #232250d2
