@@ -263,6 +263,20 @@ def _highest(anomaly_map: np.ndarray, share: float) -> np.ndarray:
     keep = min(anomaly_map.size, int(share * anomaly_map.size) + 1)
     return np.partition(anomaly_map.ravel(), anomaly_map.size - keep)[anomaly_map.size - keep:]
 
+# %% ../nbs/34_pixels.ipynb #96e3c8ca
+def _tail_and_faults(maps, masks, upper: float) -> tuple[_Tail | None, list[np.ndarray], np.ndarray, np.ndarray]:
+    "The tail of the good images; of each faulty one its sorted faulty pixels and its index; and which known images are faulty."
+    normals, sizes, faulty, images, kinds = [], [], [], [], []
+    for i, anomaly_map, mask in _known(maps, masks):
+        kinds.append(bool(mask.any()))
+        if kinds[-1]:
+            faulty.append(np.sort(anomaly_map[mask]))
+            images.append(i)
+        else:
+            normals.append(_highest(anomaly_map, upper * len(maps)))
+            sizes.append(mask.size)
+    return _tail(normals, sizes) if normals else None, faulty, np.array(images), np.array(kinds)
+
 # %% ../nbs/34_pixels.ipynb #d8b5099d
 def _start(tail: _Tail, bounds: tuple[float, float]) -> int:
     "How many pixels to look at first: some more than the upper bound asks for on average."
@@ -322,23 +336,14 @@ def aupimo(
     level: float = 0.95,  # of the interval
 ) -> PerItem | None:
     "AUPIMO of each faulty image (Bertoldo et al., 2024, arXiv 2401.01984), exact. None without faulty or without good images."
-    normals, sizes, faulty, images, kinds = [], [], [], [], []
-    for i, anomaly_map, mask in _known(maps, masks):
-        kinds.append(bool(mask.any()))
-        if kinds[-1]:
-            faulty.append(np.sort(anomaly_map[mask]))
-            images.append(i)
-        else:
-            normals.append(_highest(anomaly_map, bounds[1] * len(maps)))
-            sizes.append(mask.size)
-    if not normals or not faulty:
+    tail, faulty, images, kinds = _tail_and_faults(maps, masks, _checked(bounds)[1])
+    if tail is None or not faulty:
         return None
-    tail, kinds = _tail(normals, sizes), np.array(kinds)
     levels, shares = _steps(tail, bounds, np.ones((1, tail.n)))
     values = (_recalls_above(faulty, levels) @ shares[0]).clip(0, 1)  # the shares add up to 1 but for rounding
     means = _resampled_means(tail, faulty, bounds, kinds, n_bootstrap, seed).clip(0, 1) if n_bootstrap else None
     interval = None if means is None else _middle(means, level)
-    return PerItem(values, np.array(images), float(values.mean()), interval, _few_pixels(tail.pixels, bounds[0]))
+    return PerItem(values, images, float(values.mean()), interval, _few_pixels(tail.pixels, bounds[0]))
 
 # %% ../nbs/34_pixels.ipynb #e3b79a05
 @patch
@@ -389,7 +394,7 @@ def _resampled(self: PixelMetrics, n: int, seed: int) -> dict[str, np.ndarray]:
         values.append(part | self._resampled_overlap(counts))
     return {name: np.concatenate([v[name] for v in values]) for name in values[0]}
 
-
+# %% ../nbs/34_pixels.ipynb #d12b6bd8
 @patch
 def _resampled_overlap(self: PixelMetrics, counts: np.ndarray) -> dict[str, np.ndarray]:
     "IoU, Dice and the mean IoU of regions for images drawn so often (n,N); nothing without a threshold."
