@@ -848,6 +848,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'zipper_ad.pixels._start': ('pixels.html#_start', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels._steps': ('pixels.html#_steps', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels._tail': ('pixels.html#_tail', 'zipper_ad/pixels.py'),
+                                  'zipper_ad.pixels._tail_and_faults': ('pixels.html#_tail_and_faults', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels.at_size': ('pixels.html#at_size', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels.aupimo': ('pixels.html#aupimo', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels.iou_per_region': ('pixels.html#iou_per_region', 'zipper_ad/pixels.py'),

@@ -117,7 +117,30 @@ def _coarser(at: np.ndarray, counts: np.ndarray, shift: int) -> tuple[np.ndarray
     starts = np.flatnonzero(np.diff(at, prepend=-1))
     return at[starts], np.add.reduceat(counts, starts, axis=1)
 
+# %% ../nbs/34_pixels.ipynb #3226c2a9
+def _matches(own: np.ndarray, own_sizes: np.ndarray, other: np.ndarray, other_sizes: np.ndarray) -> tuple[np.ndarray, ...]:
+    "For each of our regions: pixels shared with regions of the others, size of those that touch it, IoU with them; three (n,)."
+    both, n = (own > 0) & (other > 0), len(other_sizes)
+    pairs, shared = np.unique((own[both].astype(np.int64) - 1) * n + other[both] - 1, return_counts=True)
+    ours, theirs = np.divmod(pairs, max(n, 1))
+    add = lambda values: np.bincount(ours, values, minlength=len(own_sizes))  # noqa: E731
+    outside = other_sizes - np.bincount(theirs, shared, minlength=n)  # their pixels in none of our regions
+    overlap = add(shared)
+    return overlap.astype(int), add(other_sizes[theirs]).astype(int), overlap / (own_sizes + add(outside[theirs]))
+
+
+def _region_ious(marked: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    "The IoU of each region of the mask with what is marked there (n,)."
+    return _matches(*_regions(mask), *_regions(marked))[2]
+
 # %% ../nbs/34_pixels.ipynb #6df8b4f2
+def _checked(bounds: tuple[float, float]) -> tuple[float, float]:
+    "The bounds, if they are two rates."
+    if not (len(bounds) == 2 and 0 < bounds[0] < bounds[1] <= 1):
+        raise InputError(f"bounds={bounds}: two false-positive rates are needed, 0 < lower < upper ≤ 1.")
+    return tuple(bounds)
+
+# %% ../nbs/34_pixels.ipynb #60b44ad6
 class PixelMetrics:
     "Pixel metrics of any number of images in bounded memory: `update` with some at a time, then `compute`."
 
@@ -138,19 +161,21 @@ class PixelMetrics:
         self.mixed = np.zeros(2**bits, bool)  # bins that hold different scores
         self.seen, self.n_left_out = [], 0
 
-    def update(
-        self,
-        maps,  # one map (H,W), or several: (N,H,W), (N,1,H,W), a list of maps of any sizes
-        masks,  # the mask, or as many; None where it is not known (left out); another size than the map's: the map is enlarged
-    ) -> "PixelMetrics":
-        "Count these images. Raises `InputError`, and counts none of them, when one can't be measured."
-        if getattr(maps, "ndim", 0) == 2:
-            maps, masks = [maps], [masks]
-        pairs = [(anomaly_map, mask) for _, anomaly_map, mask in _known(maps, masks)]
-        self.n_left_out += len(maps) - len(pairs)
-        for anomaly_map, mask in pairs:
-            self.seen.append(self._count(anomaly_map, mask))
-        return self
+# %% ../nbs/34_pixels.ipynb #54fd2055
+@patch
+def update(
+    self: PixelMetrics,
+    maps,  # one map (H,W), or several: (N,H,W), (N,1,H,W), a list of maps of any sizes
+    masks,  # the mask, or as many; None where it is not known (left out); another size than the map's: the map is enlarged
+) -> PixelMetrics:
+    "Count these images. Raises `InputError`, and counts none of them, when one can't be measured."
+    if getattr(maps, "ndim", 0) == 2:
+        maps, masks = [maps], [masks]
+    pairs = [(anomaly_map, mask) for _, anomaly_map, mask in _known(maps, masks)]
+    self.n_left_out += len(maps) - len(pairs)
+    for anomaly_map, mask in pairs:
+        self.seen.append(self._count(anomaly_map, mask))
+    return self
 
 # %% ../nbs/34_pixels.ipynb #97c38b09
 @patch
@@ -178,22 +203,6 @@ def _note_mixed(self: PixelMetrics, bins: np.ndarray, scores: np.ndarray):
     new = np.isnan(self.first[bins])
     self.first[bins[new]] = scores[new]
     self.mixed[bins[self.first[bins] != scores]] = True
-
-# %% ../nbs/34_pixels.ipynb #3226c2a9
-def _matches(own: np.ndarray, own_sizes: np.ndarray, other: np.ndarray, other_sizes: np.ndarray) -> tuple[np.ndarray, ...]:
-    "For each of our regions: pixels shared with regions of the others, size of those that touch it, IoU with them; three (n,)."
-    both, n = (own > 0) & (other > 0), len(other_sizes)
-    pairs, shared = np.unique((own[both].astype(np.int64) - 1) * n + other[both] - 1, return_counts=True)
-    ours, theirs = np.divmod(pairs, max(n, 1))
-    add = lambda values: np.bincount(ours, values, minlength=len(own_sizes))  # noqa: E731
-    outside = other_sizes - np.bincount(theirs, shared, minlength=n)  # their pixels in none of our regions
-    overlap = add(shared)
-    return overlap.astype(int), add(other_sizes[theirs]).astype(int), overlap / (own_sizes + add(outside[theirs]))
-
-
-def _region_ious(marked: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    "The IoU of each region of the mask with what is marked there (n,)."
-    return _matches(*_regions(mask), *_regions(marked))[2]
 
 # %% ../nbs/34_pixels.ipynb #211a8d41
 @patch
@@ -226,22 +235,6 @@ def pr_points(
     return tp[chosen] / (tp + fp)[chosen], tp[chosen] / tp[-1], _lowest_in(bins[chosen], self.bits).astype(float) + self.centre
 
 # %% ../nbs/34_pixels.ipynb #dd8e9e11
-class PerItem(NamedTuple):
-    "A figure of each image or region by itself, and their mean."
-    values: np.ndarray  # (n,)
-    images: np.ndarray  # index of the image of each value (n,)
-    mean: float | None  # None where there are no values
-    interval: list[float] | None = None  # of the mean, by bootstrap over images; None where it was not asked for
-    note: str = ""  # what to bear in mind; else empty
-
-
-def _checked(bounds: tuple[float, float]) -> tuple[float, float]:
-    "The bounds, if they are two rates."
-    if not (len(bounds) == 2 and 0 < bounds[0] < bounds[1] <= 1):
-        raise InputError(f"bounds={bounds}: two false-positive rates are needed, 0 < lower < upper ≤ 1.")
-    return tuple(bounds)
-
-
 def _log_shares(before: np.ndarray, after: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     "The share of the logarithmic axis between the bounds that lies from `before` to `after`."
     low, high = _checked(bounds)
@@ -269,6 +262,20 @@ def _highest(anomaly_map: np.ndarray, share: float) -> np.ndarray:
     "One pixel more than this share of an image, the highest of them."
     keep = min(anomaly_map.size, int(share * anomaly_map.size) + 1)
     return np.partition(anomaly_map.ravel(), anomaly_map.size - keep)[anomaly_map.size - keep:]
+
+# %% ../nbs/34_pixels.ipynb #96e3c8ca
+def _tail_and_faults(maps, masks, upper: float) -> tuple[_Tail | None, list[np.ndarray], np.ndarray, np.ndarray]:
+    "The tail of the good images; of each faulty one its sorted faulty pixels and its index; and which known images are faulty."
+    normals, sizes, faulty, images, kinds = [], [], [], [], []
+    for i, anomaly_map, mask in _known(maps, masks):
+        kinds.append(bool(mask.any()))
+        if kinds[-1]:
+            faulty.append(np.sort(anomaly_map[mask]))
+            images.append(i)
+        else:
+            normals.append(_highest(anomaly_map, upper * len(maps)))
+            sizes.append(mask.size)
+    return _tail(normals, sizes) if normals else None, faulty, np.array(images), np.array(kinds)
 
 # %% ../nbs/34_pixels.ipynb #d8b5099d
 def _start(tail: _Tail, bounds: tuple[float, float]) -> int:
@@ -305,12 +312,21 @@ def _resampled_means(tail: _Tail, faulty: list[np.ndarray], bounds, is_faulty: n
     return np.concatenate(means)
 
 # %% ../nbs/34_pixels.ipynb #bfe4f958
+class PerItem(NamedTuple):
+    "A figure of each image or region by itself, and their mean."
+    values: np.ndarray  # (n,)
+    images: np.ndarray  # index of the image of each value (n,)
+    mean: float | None  # None where there are no values
+    interval: list[float] | None = None  # of the mean, by bootstrap over images; None where it was not asked for
+    note: str = ""  # what to bear in mind; else empty
+
+
 def _few_pixels(pixels: int, lower: float) -> str:
     "A note when the lower bound of AUPIMO is finer than one pixel of the good images."
     return "" if pixels * lower >= 1 else (f"AUPIMO: {pixels:,} pixels of images free of anomaly can't show a rate of {lower:g}; "
                                            f"below one in {pixels:,} it is the recall without any false pixel.")
 
-
+# %% ../nbs/34_pixels.ipynb #f81120f0
 def aupimo(
     maps,  # anomaly maps, (N,H,W) or a list of any sizes, higher is more anomalous; compared as float32
     masks,  # for each map its mask, or None where it is not known (left out); the map is enlarged to its size
@@ -320,23 +336,14 @@ def aupimo(
     level: float = 0.95,  # of the interval
 ) -> PerItem | None:
     "AUPIMO of each faulty image (Bertoldo et al., 2024, arXiv 2401.01984), exact. None without faulty or without good images."
-    normals, sizes, faulty, images, kinds = [], [], [], [], []
-    for i, anomaly_map, mask in _known(maps, masks):
-        kinds.append(bool(mask.any()))
-        if kinds[-1]:
-            faulty.append(np.sort(anomaly_map[mask]))
-            images.append(i)
-        else:
-            normals.append(_highest(anomaly_map, bounds[1] * len(maps)))
-            sizes.append(mask.size)
-    if not normals or not faulty:
+    tail, faulty, images, kinds = _tail_and_faults(maps, masks, _checked(bounds)[1])
+    if tail is None or not faulty:
         return None
-    tail, kinds = _tail(normals, sizes), np.array(kinds)
     levels, shares = _steps(tail, bounds, np.ones((1, tail.n)))
     values = (_recalls_above(faulty, levels) @ shares[0]).clip(0, 1)  # the shares add up to 1 but for rounding
     means = _resampled_means(tail, faulty, bounds, kinds, n_bootstrap, seed).clip(0, 1) if n_bootstrap else None
     interval = None if means is None else _middle(means, level)
-    return PerItem(values, np.array(images), float(values.mean()), interval, _few_pixels(tail.pixels, bounds[0]))
+    return PerItem(values, images, float(values.mean()), interval, _few_pixels(tail.pixels, bounds[0]))
 
 # %% ../nbs/34_pixels.ipynb #e3b79a05
 @patch
@@ -387,7 +394,7 @@ def _resampled(self: PixelMetrics, n: int, seed: int) -> dict[str, np.ndarray]:
         values.append(part | self._resampled_overlap(counts))
     return {name: np.concatenate([v[name] for v in values]) for name in values[0]}
 
-
+# %% ../nbs/34_pixels.ipynb #d12b6bd8
 @patch
 def _resampled_overlap(self: PixelMetrics, counts: np.ndarray) -> dict[str, np.ndarray]:
     "IoU, Dice and the mean IoU of regions for images drawn so often (n,N); nothing without a threshold."
@@ -447,7 +454,7 @@ def iou_per_region(
     joined = np.concatenate(values)
     return PerItem(joined, np.repeat(images, n.astype(int)), float(joined.mean()), interval)
 
-
+# %% ../nbs/34_pixels.ipynb #04900721
 class Region(NamedTuple):
     "One connected region, true or found."
     image: int  # index of the image
