@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
-           'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'predict', 'demo']
+           'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -432,7 +432,8 @@ def describe_metrics(
 ) -> str:
     "The main figures in a few lines, with their intervals."
     def figure(block, name):
-        value, interval = metrics[block][name], metrics[block].get("ci", {}).get(name)
+        value, ci = metrics[block][name], metrics[block].get("ci", {})
+        interval = ci.get("auroc_logit") if (block, name) == ("image", "auroc") and ci.get("auroc_logit") else ci.get(name)
         span = f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         return f"{block} {name.upper():8s} {'–' if value is None else f'{value:.3f}'}{span}"
 
@@ -576,6 +577,28 @@ def compare(pairs):
         print(f"{pair['a']} − {pair['b']}: AUROC {pair['difference']:+.3f} [{pair['ci'][0]:+.3f}, {pair['ci'][1]:+.3f}], "
               f"p = {pair['p_holm']:.2g} after Holm")
     print(f"comparison: {page}")
+
+# %% ../nbs/50_cli.ipynb #5cc1c4e9
+@command("pod")
+def pod(pairs):
+    "Measure from which size on defects are found, on rendered ones: run=RUN out=DIR [n=60 kinds=rough,… seed=3000 scene=zipper by=extent]"
+    from zipper_ad.detector import Detector, versions
+    from zipper_ad.pod import SIZES, plot_study, pod_study, study_curves, write_study
+    from zipper_ad.report import chart, write_page
+
+    run, out, kinds = _option(pairs, "run", str), Path(_option(pairs, "out", str)), _option(pairs, "kinds", "")
+    n, seed, scene, by = (_option(pairs, k, d) for k, d in (("n", 60), ("seed", 3000), ("scene", "zipper"), ("by", "extent")))
+    _nothing_left(pairs, ["run", "out", "kinds", "n", "seed", "scene", "by"])
+    if by not in SIZES:
+        raise InputError(f"by={by}: no such measure of size. {nearest_name(by, list(SIZES))}")
+    detector, wanted = Detector.load(run), [k.strip() for k in kinds.strip("[]").split(",") if k.strip()] or None
+    rows = pod_study(detector, wanted, n, seed, detector.config.data.size, scene, progress=True)
+    facts = {"run": str(run), "model": detector.config.model.name, "threshold": detector.threshold.value, "seed": seed, "scene": scene}
+    said = write_study(rows, out, facts | {"versions": versions()}, by, detector.threshold.value)
+    note = f"Rendered {scene}s, {n} defects of each kind; size: {by} in {SIZES[by]}"
+    drawing = chart(lambda: plot_study(study_curves(rows, by), SIZES[by]), f"Probability of detection of each kind over size. {note}", note)
+    page = write_page(out / "pod.html", "Probability of detection", f"<h1>Probability of detection</h1>{drawing}<pre>{said}</pre>")
+    print(said, f"probability of detection: {page}, pod.json, pod.csv, pod.png", sep="\n")
 
 # %% ../nbs/50_cli.ipynb #fb8721db
 def _names_below(paths: list[Path]) -> list[str]:

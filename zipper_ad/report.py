@@ -60,10 +60,12 @@ def count_of(
 
 # %% ../nbs/41_report.ipynb #b0ab9793
 def _auroc_interval(block: dict, n_good: int, n_defective: int):
-    "The bootstrap interval, or the bound of `perfect_auroc_bound` where good and defective are completely separated."
-    interval = (block.get("ci") or {}).get("auroc")
-    if not interval or block["auroc"] != 1 or not n_good or not n_defective:
-        return interval
+    "DeLong's on the logit where it is known, else the bootstrap's, or `perfect_auroc_bound` where that is blind."
+    ci = block.get("ci") or {}
+    if ci.get("auroc_logit"):
+        return ci["auroc_logit"]
+    if not ci.get("auroc") or block["auroc"] != 1 or not n_good or not n_defective:
+        return ci.get("auroc")
     return [perfect_auroc_bound(n_good, n_defective, 0.975), 1.0]
 
 
@@ -133,6 +135,7 @@ _meanings = {
     "image": {
         "auroc": ("AUROC", "chance that a defective image scores above a good one; 0.5 is guessing"),
         "auprc": ("average precision", "area under precision over recall"),
+        "balanced_accuracy": ("balanced accuracy", "mean of the shares judged right among good and among defective images"),
         "recall": ("recall", "share of defective images found at the threshold"),
         "precision": ("precision", "share of alarms that were right; depends on how many defects there are"),
         "f1": ("F1", "harmonic mean of precision and recall at the threshold"),
@@ -142,6 +145,9 @@ _meanings = {
         "auroc": ("pixel AUROC", "the same for pixels"),
         "auprc": ("pixel average precision", "the same for pixels; the stricter of the two, as faults are small"),
         "aupro": ("AU-PRO", "mean share of each fault that is covered, up to 30% of good pixels marked"),
+        "aupro_05": ("AU-PRO to 5%", "the same, up to 5% of good pixels marked"),
+        "aupimo": ("AUPIMO", "mean share of the fault covered where 1 in 10,000 to 100,000 pixels of good images is marked"),
+        "iou_per_region": ("IoU per region", "mean over faults of the overlap with what was marked there"),
         "iou": ("IoU", "overlap of marked and true area over their union, at the pixel threshold"),
         "dice": ("Dice", "F1 of pixels, at the pixel threshold"),
     },
@@ -166,7 +172,7 @@ def metric_tables(
     caption = f"How well good and defective are told apart ({_counts(n, what)}, {n['with_mask']} with a mask)"
     table = html_table(rows, ["Figure", "Value", "95% interval", "What it says"], caption)
     return (table + _notes(metrics["image"], metrics["pixel"]) + _threshold_table(metrics["threshold"], n["good"], what)
-            + _kinds_table(metrics["per_defect"], n["good"], what))
+            + _rates_table(metrics["image"].get("at_rates"), n, what) + _kinds_table(metrics["per_defect"], n["good"], what))
 
 # %% ../nbs/41_report.ipynb #963de021
 def _threshold_table(threshold: dict, n_good: int, what: str) -> str:
@@ -180,6 +186,15 @@ def _threshold_table(threshold: dict, n_good: int, what: str) -> str:
             ["threshold", f"{threshold['value']:.4g}", "an image is called anomalous when its score is above it"]]
     caption = f"False alarms, promised and observed ({what})"
     return html_table(rows, ["False alarms", "Value", "What it says"], caption) + _notes(threshold)
+
+# %% ../nbs/41_report.ipynb #c0d99122
+def _rates_table(rates: list[dict] | None, n: dict, what: str) -> str:
+    "Recall at fixed false-alarm rates: what held-out normals can promise, and beside it what only the test labels could know."
+    oracle = lambda r: "–" if r["recall_oracle"] is None else f"{r['recall_oracle']:.1%}"  # noqa: E731
+    rows = [[f"{r['target_fpr']:.0%} asked", f"at most {r['promised_fpr']:.1%}", count_of(r["observed_fpr"], n["good"]),
+             count_of(r["recall"], n["defective"]), oracle(r)] for r in rates or []]
+    head = ["False alarms", "promised", "observed", "found", "found <strong>(oracle)</strong>"]
+    return html_table(rows, head, f"Found at fixed false-alarm rates ({what})") if rows else ""
 
 # %% ../nbs/41_report.ipynb #1d00068e
 def _kinds_table(kinds: dict, n_good: int, what: str) -> str:

@@ -257,6 +257,7 @@ def _finite_scores(scores, what: str) -> np.ndarray:
 def conformal_threshold(
     scores,  # scores of held-out normal images: not trained on, not used to fit a `LocationCalibration`
     target_fpr: float = 0.05,  # the false-alarm rate to promise, in (0, 1)
+    quiet: bool = False,  # leave the warning to `message`
 ) -> Threshold:
     "The ⌈(n+1)(1−α)⌉-th smallest score; warns where n is too small. Raises `InputError` for no scores or non-finite ones."
     scores = np.sort(_finite_scores(scores, "threshold"))
@@ -271,7 +272,8 @@ def conformal_threshold(
         message = (f"{n} held-out normal images can promise a false-alarm rate of {smallest_fpr(n):.1%}, "
                    f"not {100 * target_fpr:.3g}%: the threshold keeps {smallest_fpr(n):.1%}. "
                    f"Hold out {needed} or more for the rate asked.")
-        logging.getLogger(__name__).warning(message)
+        if not quiet:
+            logging.getLogger(__name__).warning(message)
     rank = max(rank, 1)
     return Threshold(float(scores[rank - 1]), float(target_fpr), (n + 1 - rank) / (n + 1), n, message)
 
