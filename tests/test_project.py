@@ -24,13 +24,13 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # A module imports from its own layer or a lower one, never from a higher one.
 LAYERS = {
     "core": 0, "config": 0,
-    "data": 1, "synth": 1, "corrupt": 1, "screw": 1, "pose": 1,
+    "picture": 1, "data": 1, "synth": 1, "corrupt": 1, "screw": 1, "pose": 1,
     "losses": 2, "models.base": 2, "models.cnn": 2, "models.resnet": 2, "models.vit": 2, "models.diffusion": 2, "models.head": 2,
     "learner": 3, "callbacks": 3, "resume": 3, "tensorboard": 3, "distributed": 3,
     "lr_find": 3,
     "score": 4, "metrics": 4,
     "detector": 5,
-    "interpret": 6, "report": 6, "training_report": 6, "tune": 6, "export": 6, "bench": 6, "scale": 6,
+    "interpret": 6, "report": 6, "training_report": 6, "tune": 6, "export": 6, "predictor": 6, "bench": 6, "scale": 6,
     "cli": 7, "sweep": 7, "app": 7, "__main__": 8,
 }  # fmt: skip
 # importing fastai takes seconds, which `predict` and `-h` cannot wait for
