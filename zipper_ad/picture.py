@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'MIN_SIDE', 'MAX_PIXELS', 'EXPORT_FORMAT', 'SUFFIXES', 'OUTPUTS', 'SIDES', 'INSTALL', 'to_uint8',
-           'from_pil', 'read_image', 'to_pixels', 'list_images', 'as_pixels', 'find_inputs', 'Verdict', 'Judge',
-           'missing_package']
+           'from_pil', 'read_image', 'to_pixels', 'list_images', 'as_pixels', 'find_inputs', 'Verdict', 'Judge', 'need']
 
-# %% ../nbs/07_picture.ipynb #8af5bd44
+# %% ../nbs/07_picture.ipynb #29bd569d
 import contextlib
 import glob
+import importlib
+import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from PIL import Image, ImageOps
 
 from .core import InputError
 
-# %% ../nbs/07_picture.ipynb #0f21ae3b
+# %% ../nbs/07_picture.ipynb #fc8f66d0
 def to_uint8(
     array: np.ndarray,  # pixels of any integer or floating-point type
 ) -> np.ndarray:
@@ -44,7 +46,7 @@ def to_uint8(
         full = 65535 if array.dtype.itemsize == 2 else 255 if top <= 255 else 65535 if top <= 65535 else 2**31 - 1
     return np.rint(np.clip(array.astype(np.float64) / full, 0, 1) * 255).astype(np.uint8)
 
-# %% ../nbs/07_picture.ipynb #4257d730
+# %% ../nbs/07_picture.ipynb #e43fc644
 def _over_white(image):
     "Flatten transparency onto white; returns an RGB image."
     image = image.convert("RGBA")
@@ -58,7 +60,7 @@ def _upright(image):
     except Exception:  # whatever a broken EXIF block makes PIL stumble over, the pixels are still good
         return image
 
-# %% ../nbs/07_picture.ipynb #cee2972d
+# %% ../nbs/07_picture.ipynb #abebc739
 def from_pil(
     image: Image.Image,  # in any mode that PIL knows
     channels: int = 1,  # 1 for grey, 3 for colour
@@ -76,7 +78,7 @@ def from_pil(
         image = image.convert("RGB")
     return np.asarray(image.convert("L" if channels == 1 else "RGB"))
 
-# %% ../nbs/07_picture.ipynb #8b282f61
+# %% ../nbs/07_picture.ipynb #55d68dfb
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # the files that count as images
 MIN_SIDE = 16  # pixels; smaller images show no part
 MAX_PIXELS = 100_000_000  # width times height; larger headers are refused before decoding
@@ -99,7 +101,7 @@ def _open_image(path):
             raise InputError(f"{path}: {width}×{height} pixels, too small. Give an image of at least {MIN_SIDE} pixels a side.")
         yield image
 
-# %% ../nbs/07_picture.ipynb #20a8dff1
+# %% ../nbs/07_picture.ipynb #9cfbff5b
 def _no_file(path):
     "What is wrong with a path that cannot be an image file, or None."
     if not path.exists():
@@ -114,7 +116,7 @@ def _reason(error):
     "An exception in a few words, on one line."
     return " ".join(str(error).split())[:120] or type(error).__name__
 
-# %% ../nbs/07_picture.ipynb #54cf88da
+# %% ../nbs/07_picture.ipynb #7504ad09
 def read_image(
     path: str | Path,  # PNG, JPEG, TIFF, BMP or WebP; of several frames the first
     channels: int = 1,  # 1 for grey, 3 for colour
@@ -138,7 +140,7 @@ def read_image(
     except Exception as e:  # a damaged file can make a decoder raise almost anything
         raise InputError(f"{path}: damaged or cut short ({_reason(e)}). Replace or remove the file.") from e
 
-# %% ../nbs/07_picture.ipynb #324d10b6
+# %% ../nbs/07_picture.ipynb #7e52fede
 def _resize(array, size):
     "uint8 (H,W) or (H,W,3) to uint8 (C,size,size)."
     if array.shape[:2] != (size, size):
@@ -160,7 +162,7 @@ def to_pixels(
         array = from_pil(Image.fromarray(array), channels)
     return _resize(array, size)
 
-# %% ../nbs/07_picture.ipynb #dc6b1f4e
+# %% ../nbs/07_picture.ipynb #f31328bd
 def _natural(path):
     "Sort key under which 2.png comes before 10.png."
     return [(int(t), "") if t.isdigit() else (-1, t.casefold()) for t in re.findall(r"[0-9]+|[^0-9]+", str(path))], str(path)
@@ -178,7 +180,7 @@ def _folder(path):
         raise InputError(f"{path}: {what}. Give the folder that holds train/good, or a folder of photographs of good parts.")
     return path
 
-# %% ../nbs/07_picture.ipynb #8cfd5270
+# %% ../nbs/07_picture.ipynb #6d27a072
 def list_images(
     folder: str | Path,  # where to look
     recursive: bool = False,  # also in the folders below
@@ -190,7 +192,7 @@ def list_images(
     files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
     return sorted((f for f in files if all(_visible(p) for p in [f, *f.relative_to(folder).parents][:-1])), key=_natural)
 
-# %% ../nbs/07_picture.ipynb #37bf0fff
+# %% ../nbs/07_picture.ipynb #c06526b3
 def as_pixels(
     thing,  # a path, a PIL image, an array (H,W) or (H,W,3), or a tensor (C,H,W)
     size: int = 256,  # pixels a side
@@ -205,7 +207,7 @@ def as_pixels(
         thing = from_pil(thing, channels)
     return to_pixels(np.asarray(thing), size, channels)
 
-# %% ../nbs/07_picture.ipynb #36036d47
+# %% ../nbs/07_picture.ipynb #0ee4c720
 def find_inputs(
     source: str | Path,  # a file, a folder, or a pattern such as "line3/*.png"
 ) -> list[Path]:
@@ -221,7 +223,7 @@ def find_inputs(
         raise InputError(f"{source}: no images there. Give an image file, a folder of images, or a pattern in quotes.")
     return found
 
-# %% ../nbs/07_picture.ipynb #46bbf94d
+# %% ../nbs/07_picture.ipynb #e04b90c8
 @dataclass
 class Verdict:
     "What is said of one picture."
@@ -236,7 +238,7 @@ class Verdict:
     path: Path | None = None  # the file, where there was one
     error: str | None = None  # why there is no verdict
 
-# %% ../nbs/07_picture.ipynb #25109373
+# %% ../nbs/07_picture.ipynb #78ad98c7
 class Judge:
     "Verdicts of pictures. Subclasses say how one thing is prepared, and what a list of prepared ones is told."
 
@@ -290,17 +292,22 @@ class Judge:
             raise InputError(verdicts[0].error)
         return verdicts if many else verdicts[0]
 
-# %% ../nbs/07_picture.ipynb #d1d36495
+# %% ../nbs/07_picture.ipynb #000e12d4
 EXPORT_FORMAT = 1  # raised when older exported files can no longer be read
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".pt", "torch": ".pt2"}  # format: what its file ends with
 OUTPUTS = ("score", "p_value", "is_anomalous", "anomaly_map")  # of the graph: (B,), (B,), (B,), (B,S,S)
 SIDES = (MIN_SIDE, 4096)  # pixels: the least and largest height and width that a graph takes
 INSTALL = 'pip install "zipper_ad[export]"'  # what brings onnx, onnxruntime, openvino, nncf
 
-# %% ../nbs/07_picture.ipynb #77155d4c
-def missing_package(
-    error: ImportError,  # what the import raised
-    what: str,  # what needs it, the beginning of the message
-) -> InputError:
-    "The error to raise where a package of the extra `export` is not installed."
-    return InputError(f"{what} needs the package {error.name}, which is not installed. Run: {INSTALL}")
+# %% ../nbs/07_picture.ipynb #30eece6e
+def need(
+    module: str,  # such as "onnxruntime"
+    what: str = "export",  # what needs it, for the message
+):
+    "The module, imported. Raises `InputError` with the remedy where it is not installed. Nothing is told to anyone's server."
+    sys.modules.setdefault("openvino_telemetry", None)
+    os.environ.setdefault("NNCF_CI", "1")
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise InputError(f"{what} needs the package {e.name}, which is not installed. Run: {INSTALL}") from e
