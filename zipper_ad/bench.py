@@ -6,7 +6,7 @@
 __all__ = ['take_turns', 'summarize', 'count_work', 'attainable', 'floor_ms', 'measure_process', 'where_time_goes', 'export_all',
            'benchmark', 'draw_latency', 'write_bench']
 
-# %% ../nbs/46_bench.ipynb #adfddaa6
+# %% ../nbs/46_bench.ipynb #05beaccf
 import json
 import os
 import platform
@@ -29,7 +29,7 @@ from .picture import SUFFIXES, read_image, to_pixels
 from .predictor import Predictor
 from .report import chart, html_table, write_page
 
-# %% ../nbs/46_bench.ipynb #6311f396
+# %% ../nbs/46_bench.ipynb #92c03202
 def take_turns(
     programs: dict[str, Callable],  # name: what is to be timed, called without arguments
     rounds: int = 30,  # turns of each
@@ -45,7 +45,7 @@ def take_turns(
                 seconds[name].append(time.perf_counter() - start)
     return {name: np.array(s) for name, s in seconds.items()}
 
-# %% ../nbs/46_bench.ipynb #f0d64ccb
+# %% ../nbs/46_bench.ipynb #256c3337
 def summarize(
     seconds: np.ndarray,  # (rounds,)
     batch: int = 1,  # pictures a turn
@@ -58,7 +58,7 @@ def summarize(
         found["speed_up"] = np.median(baseline / seconds)
     return {k: round(float(v), 3) for k, v in found.items()}
 
-# %% ../nbs/46_bench.ipynb #b155a001
+# %% ../nbs/46_bench.ipynb #6649d3df
 def count_work(
     detector: Detector,  # any
 ) -> dict:
@@ -74,7 +74,7 @@ def count_work(
             found[f"{name}_gmac"] = counter.get_total_flops() / 2e9
     return {k: round(v, 4) for k, v in found.items()}
 
-# %% ../nbs/46_bench.ipynb #2f2ecd81
+# %% ../nbs/46_bench.ipynb #c373a2a5
 def attainable() -> dict[str, tuple[Callable, float]]:
     "Work that suits a processor: name to (a function to time, its thousand millions of multiply-adds). By Torch, in float32."
     a, x = torch.rand(768, 768), torch.rand(1, 64, 96, 96)
@@ -99,7 +99,7 @@ def floor_ms(
     rate = max(work / np.median(seconds[name]) for name, (_, work) in attainable().items())
     return 1000 * gmac / rate, rate
 
-# %% ../nbs/46_bench.ipynb #e4bd5f80
+# %% ../nbs/46_bench.ipynb #c83aaf1e
 _alone = """import sys, time
 start = time.perf_counter()
 from zipper_ad.predictor import Predictor
@@ -125,7 +125,7 @@ def measure_process(
     first, memory, with_torch = done.stdout.split()
     return {"first_verdict_s": round(float(first), 2), "peak_mb": round(int(memory) / 1024), "imports_torch": with_torch == "True"}
 
-# %% ../nbs/46_bench.ipynb #1e33b2c2
+# %% ../nbs/46_bench.ipynb #44244883
 def where_time_goes(
     detector: Detector,  # any
     path: str | Path,  # a photograph
@@ -143,7 +143,7 @@ def where_time_goes(
     times["maps"] = max(0.0, times.pop("whole graph") - times["network"])
     return {k: round(v, 3) for k, v in times.items()}
 
-# %% ../nbs/46_bench.ipynb #a2ab1d84
+# %% ../nbs/46_bench.ipynb #1a52e985
 def _machine() -> dict:
     "What the figures depend on."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -159,7 +159,7 @@ def _programs(detector, files, batch, images, threads):
         programs[name] = lambda p=predictor: p.predict(chosen, bs=batch)
     return programs
 
-# %% ../nbs/46_bench.ipynb #f9f2d186
+# %% ../nbs/46_bench.ipynb #0ac671b7
 def export_all(
     detector: Detector,  # fitted
     folder: str | Path,  # where the files go
@@ -175,7 +175,7 @@ def export_all(
         raise InputError(f"precisions={','.join(precisions)}: none goes with {', '.join(backends)}. Try fp32.")
     return {f"{b} {p}": export_detector(detector, folder, b, p, calibration) for b, p in wanted}
 
-# %% ../nbs/46_bench.ipynb #28b6178e
+# %% ../nbs/46_bench.ipynb #a1a4e10e
 def benchmark(
     detector: Detector,  # fitted
     files: dict[str, Path],  # name to exported file, as from `export_all`
@@ -202,7 +202,7 @@ def benchmark(
     processes = {name: measure_process(file, threads) for name, file in files.items()}
     return {"threads": threads, "rounds": rounds, "work": work, "rows": rows, "size_mb": sizes, "process": processes} | _machine()
 
-# %% ../nbs/46_bench.ipynb #7f1f8414
+# %% ../nbs/46_bench.ipynb #7f906001
 def draw_latency(
     results: dict,  # from `benchmark`; `auroc` in it, name to value, if it was measured
 ) -> Figure:
@@ -223,7 +223,7 @@ def draw_latency(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/46_bench.ipynb #846630cc
+# %% ../nbs/46_bench.ipynb #ddddc3ba
 def write_bench(
     results: dict,  # from `benchmark`
     path: str | Path,  # the HTML file; the JSON goes beside it
@@ -240,9 +240,9 @@ def write_bench(
     parts = {k: f"{results['size_mb'][k]} MB on disk; {v['peak_mb']} MB of memory; first verdict after {v['first_verdict_s']} s"
              for k, v in results["process"].items()}
     notes = "".join(f"<li>{escape(k)}: {escape(v)}</li>" for k, v in parts.items())
-    work, load = results["work"], results["load"]
-    told = (f"<p>{results['threads']} threads on {results['cores']} cores, load {load}; {results['rounds']} rounds in turns. The network is "
-            f"{work['network_gmac']} · 10⁹ multiply-adds a picture, {work['parameters_m']} million numbers.</p>")
+    work = results["work"]
+    told = (f"<p>{results['threads']} threads on {results['cores']} cores, load {results['load']}; {results['rounds']} rounds in turns. "
+            f"The network is {work['network_gmac']} · 10⁹ multiply-adds a picture, {work['parameters_m']} million numbers.</p>")
     picture = chart(lambda: draw_latency(results), "Latency of each program", "Median latency.")
     body = f"<h1>{escape(title)}</h1>{told}{table}{picture}<h2>Files</h2><ul>{notes}</ul>"
     return write_page(path, title, body)
