@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -179,24 +180,28 @@ class DetectorGraph(nn.Module):
         self.register_buffer("calibration_scores", torch.tensor(detector.calibration_scores, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
-    def error(self, kind, x, image, restored):
-        if kind == "damage":
-            return restored.logit.float().sigmoid()
-        return ssim_error(x, image, self.window) if kind == "ssim" else error_map(x, image, kind)
-
-    def maps(self, x):
-        half = torch.autocast("cpu", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
-        with half:
-            restored = self.network(x)
-        image = restored.image.float()
-        maps = self.smooth(torch.cat([self.error(k, x, image, restored) for k in self.kinds], 1)).split(1, 1)
-        return {k: self.locations[k](m) if self.locations else m for k, m in zip(self.kinds, maps, strict=True)}
-
     def forward(self, image):
         fused = fuse(*witnesses(self.maps(self.preprocess(image))))
         score = pool(fused, self.score.pool, self.score.topk)
         as_high = (self.calibration_scores >= score[:, None]).sum(1)
         return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
+
+# %% ../nbs/44_export.ipynb #0ac603a1
+@patch
+def error(self: DetectorGraph, kind, x, image, restored):
+    if kind == "damage":
+        return restored.logit.float().sigmoid()
+    return ssim_error(x, image, self.window) if kind == "ssim" else error_map(x, image, kind)
+
+
+@patch
+def maps(self: DetectorGraph, x):
+    half = torch.autocast("cpu", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+    with half:
+        restored = self.network(x)
+    image = restored.image.float()
+    maps = self.smooth(torch.cat([self.error(k, x, image, restored) for k in self.kinds], 1)).split(1, 1)
+    return {k: self.locations[k](m) if self.locations else m for k, m in zip(self.kinds, maps, strict=True)}
 
 # %% ../nbs/44_export.ipynb #d742efaa
 def describe_export(
@@ -506,7 +511,7 @@ def _held_out(calibration, size, channels, seed):
     damaged = probe(held_out, torch.Generator().manual_seed(seed)).image
     return pixels(ranges).numpy(), pixels(torch.cat([held_out, damaged]))
 
-
+# %% ../nbs/44_export.ipynb #a3273152
 def _as_onnx(graph, example, precision, facts, data, agreement):
     model = to_onnx(graph, example)
     if precision == "fp16":

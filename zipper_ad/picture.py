@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image, ImageOps
 
 from .core import InputError
@@ -248,49 +249,57 @@ class Judge:
     def judge(self, pictures: list, paths: list[Path | None]) -> list[Verdict]:  # one or more prepared pictures
         raise NotImplementedError
 
-    def _prepared(self, thing):
-        "(picture or None, path or None, error or None)."
-        path = Path(thing) if isinstance(thing, str | Path) else None
-        try:
-            return self.prepare(thing), path, None
-        except InputError as e:
-            return None, path, str(e)
+# %% ../nbs/07_picture.ipynb #cc2ae921
+@patch
+def _prepared(self: Judge, thing):
+    "(picture or None, path or None, error or None)."
+    path = Path(thing) if isinstance(thing, str | Path) else None
+    try:
+        return self.prepare(thing), path, None
+    except InputError as e:
+        return None, path, str(e)
 
-    def _judged(self, waiting):
-        good = [w for w in waiting if w[0] is not None]
-        done = iter(self.judge([g[0] for g in good], [g[1] for g in good]) if good else [])
-        return [Verdict(path=path, error=error) if x is None else next(done) for x, path, error in waiting]
 
-    def predict_each(
-        self,
-        things,  # an iterable of paths, PIL images, arrays or tensors
-        bs: int = 8,  # pictures at a time
-    ):
-        "Yield one `Verdict` a thing, in order. What cannot be read yields a verdict with an `error`."
-        waiting = []
-        for thing in things:
-            waiting.append(self._prepared(thing))
-            if len(waiting) == bs:
-                yield from self._judged(waiting)
-                waiting = []
-        yield from self._judged(waiting)
+@patch
+def _judged(self: Judge, waiting):
+    good = [w for w in waiting if w[0] is not None]
+    done = iter(self.judge([g[0] for g in good], [g[1] for g in good]) if good else [])
+    return [Verdict(path=path, error=error) if x is None else next(done) for x, path, error in waiting]
 
-    def predict(
-        self,
-        source,  # path, folder, pattern, PIL image, array, tensor (C,H,W) or (B,C,H,W), or a list of such
-        bs: int = 8,  # pictures at a time
-    ) -> Verdict | list[Verdict]:
-        "One `Verdict` for one picture, a list for many. A single picture that cannot be read raises `InputError`."
-        if isinstance(source, str | Path):
-            found = find_inputs(source)
-            many, source = Path(source).is_dir() or found != [Path(source)], found
-        else:
-            many = isinstance(source, list | tuple) or (hasattr(source, "detach") and source.ndim == 4)
-            source = source if many else [source]
-        verdicts = list(self.predict_each(source, bs))
-        if not many and verdicts[0].error:
-            raise InputError(verdicts[0].error)
-        return verdicts if many else verdicts[0]
+# %% ../nbs/07_picture.ipynb #96493cb3
+@patch
+def predict_each(
+    self: Judge,
+    things,  # an iterable of paths, PIL images, arrays or tensors
+    bs: int = 8,  # pictures at a time
+):
+    "Yield one `Verdict` a thing, in order. What cannot be read yields a verdict with an `error`."
+    waiting = []
+    for thing in things:
+        waiting.append(self._prepared(thing))
+        if len(waiting) == bs:
+            yield from self._judged(waiting)
+            waiting = []
+    yield from self._judged(waiting)
+
+# %% ../nbs/07_picture.ipynb #1683668b
+@patch
+def predict(
+    self: Judge,
+    source,  # path, folder, pattern, PIL image, array, tensor (C,H,W) or (B,C,H,W), or a list of such
+    bs: int = 8,  # pictures at a time
+) -> Verdict | list[Verdict]:
+    "One `Verdict` for one picture, a list for many. A single picture that cannot be read raises `InputError`."
+    if isinstance(source, str | Path):
+        found = find_inputs(source)
+        many, source = Path(source).is_dir() or found != [Path(source)], found
+    else:
+        many = isinstance(source, list | tuple) or (hasattr(source, "detach") and source.ndim == 4)
+        source = source if many else [source]
+    verdicts = list(self.predict_each(source, bs))
+    if not many and verdicts[0].error:
+        raise InputError(verdicts[0].error)
+    return verdicts if many else verdicts[0]
 
 # %% ../nbs/07_picture.ipynb #000e12d4
 EXPORT_FORMAT = 1  # raised when older exported files can no longer be read
