@@ -110,8 +110,12 @@ predictor.predict(picture)
 first = time.perf_counter() - start
 for _ in range(5):
     predictor.predict(picture)
-import resource
-print(first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "torch" in sys.modules)"""
+try:  # what getrusage says on Linux includes the process that started this one
+    peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+except OSError:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+print(first, peak, "torch" in sys.modules)"""
 
 
 def measure_process(
@@ -198,7 +202,8 @@ def benchmark(
                 rows.append({"name": name, "batch": b} | row | {"of_floor": round(row["p50_ms"] / floor, 2), "floor_ms": round(floor, 3)})
     finally:
         torch.set_num_threads(before)
-    sizes = {name: round(sum(f.stat().st_size for f in file.parent.glob(f"{file.stem}.*")) / 2**20, 2) for name, file in files.items()}
+    notes = {name: json.loads(file.with_name(file.name + ".json").read_text(encoding="utf-8")) for name, file in files.items()}
+    sizes = {name: round(sum(f["bytes"] for f in note["files"].values()) / 2**20, 2) for name, note in notes.items()}
     processes = {name: measure_process(file, threads) for name, file in files.items()}
     return {"threads": threads, "rounds": rounds, "work": work, "rows": rows, "size_mb": sizes, "process": processes} | _machine()
 
