@@ -24,7 +24,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # A module imports from its own layer or a lower one, never from a higher one.
 LAYERS = {
     "core": 0, "config": 0,
-    "data": 1, "synth": 1, "corrupt": 1, "screw": 1, "pose": 1,
+    "picture": 1, "data": 1, "synth": 1, "corrupt": 1, "screw": 1, "pose": 1,
     "losses": 2, "models.base": 2, "models.cnn": 2, "models.resnet": 2, "models.vit": 2, "models.diffusion": 2, "models.head": 2,
     "learner": 3, "callbacks": 3, "resume": 3, "tensorboard": 3, "distributed": 3,
     "lr_find": 3,
@@ -77,7 +77,7 @@ def test_installed_package_is_what_settings_say():
     assert installed["Requires-Python"] == f">={SETTINGS['min_python']}", message
     assert installed["Summary"] == SETTINGS["description"], message
     found = [Requirement(r) for r in importlib.metadata.requires("zipper_ad")]
-    for extra, name in [(None, "requirements"), ("lab", "lab_requirements"), ("dev", "dev_requirements")]:
+    for extra, name in [(None, "requirements"), *((k, f"{k}_requirements") for k in ("lab", "export", "dev"))]:
         of_extra = [r for r in found if (r.marker.evaluate({"extra": extra}) if r.marker and extra else r.marker is extra)]
         assert {str(Requirement(str(r).split(";")[0])) for r in of_extra} == requirements(name), f"{name}: {message}"
     entries = importlib.metadata.distribution("zipper_ad").entry_points.select(group="console_scripts")
@@ -108,7 +108,7 @@ def test_every_direct_requirement_is_pinned(python):
             assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
             assert len(pin.specifier) == 1 and next(iter(pin.specifier)).operator == "==", f"{pin} is not a pin"
             pins[pin.name] = next(iter(pin.specifier)).version
-    for wanted in map(Requirement, requirements("requirements", "lab_requirements", "dev_requirements")):
+    for wanted in map(Requirement, requirements("requirements", "lab_requirements", "export_requirements", "dev_requirements")):
         assert wanted.name in pins, f"{wanted.name} has no pin for Python {python}. Run tools/pins.py (CONTRIBUTING.md)."
         assert pins[wanted.name] in wanted.specifier, f"{wanted} is not met by the pin {pins[wanted.name]}"
 

@@ -12,9 +12,12 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: a program that only predicts may do without it
 
 # %% ../nbs/00_core.ipynb #4c942855
 _declared_operators = []  # torch forgets a library's operators when the object goes: keep it alive
@@ -27,6 +30,8 @@ def import_torchvision():
     except RuntimeError as e:
         if "torchvision::nms does not exist" not in str(e):
             raise
+        import torch
+
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -46,6 +51,8 @@ def set_seed(
     deterministic: bool = False,  # also forbid algorithms whose result changes from run to run
 ):
     "Seed Python, NumPy and PyTorch (all devices)."
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -53,9 +60,11 @@ def set_seed(
 
 # %% ../nbs/00_core.ipynb #cfbd4115
 def pick_device(
-    device: str | torch.device | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None or "auto" takes the best there is
-) -> torch.device:
+    device: "str | torch.device | None" = None,  # "cpu", "cuda", "cuda:1", "mps"; None or "auto" takes the best there is
+) -> "torch.device":
     "The device to compute on. Raises `InputError` for a device that this machine lacks."
+    import torch
+
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -87,10 +96,10 @@ def atomic_path(
 
 # %% ../nbs/00_core.ipynb #1a6d1c97
 def to_array(
-    image: torch.Tensor | np.ndarray,  # (H,W), (1,H,W), (3,H,W), (H,W,1) or (H,W,3)
+    image: "torch.Tensor | np.ndarray",  # (H,W), (1,H,W), (3,H,W), (H,W,1) or (H,W,3)
 ) -> np.ndarray:
     "The image as a NumPy array (H,W) or (H,W,3), ready for matplotlib; values and dtype as they were."
-    a = image.detach().float().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    a = image.detach().float().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
     if a.ndim == 3 and a.shape[0] in (1, 3) and a.shape[-1] not in (1, 3):
         a = np.moveaxis(a, 0, -1)
     return a[..., 0] if a.ndim == 3 and a.shape[-1] == 1 else a
