@@ -258,6 +258,7 @@ def evaluate(
     metrics = evaluate_scores(
         [v.score for v in verdicts], dataset.labels, dataset.kinds, self.threshold, np.stack([v.anomaly_map for v in verdicts]),
         [None if m is None else m[0].numpy() > 0.5 for m in masks], self.pixel_threshold, n_bootstrap, self.config.seed,
+        self.calibration_scores,
     )
     metrics |= {"speed": self.measure_speed(dataset.paths), "data_fingerprint": fingerprint(dataset.items)}
     model = self.config.model
