@@ -46,14 +46,14 @@ demo: $(STAMP)  ## rendered zippers, training, evaluation and report, in a few m
 
 test: $(STAMP)  ## everything that must hold: notebooks, tests, style, and generated files in step
 	@status=0; $(MAKE) --no-print-directory test-notebooks || status=1; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=5 $(ARGS) || status=1; exit $$status
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=5 $(ARGS) || status=1; exit $$status
 
 test-notebooks: $(STAMP)  ## the notebooks alone, each in a process of its own
 	$(BIN)/nbdev-test --n-workers 2 --timing
 
 test-slow: $(STAMP)  ## the cells and tests marked slow
 	$(BIN)/nbdev-test --n-workers 2 --timing --flags slow --cell-timeout 3600
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: there are none
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: there are none
 
 coverage: $(STAMP)  ## how much of zipper_ad the notebooks and the tests run, together
 	$(BIN)/python tools/measure_coverage.py

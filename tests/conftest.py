@@ -79,3 +79,11 @@ def refused(cli):
 def contents():
     "The files below a folder and their bytes."
     return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+LONG = ("test_resume.py", "test_export.py", "test_distributed.py", "test_app.py", "test_tune.py", "test_sweep.py", "test_training.py")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take longest first, so that of two workers none waits for the other at the end."
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

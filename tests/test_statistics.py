@@ -169,7 +169,7 @@ def test_paired_pixels_agree_with_pixel_metrics():
     found = s.paired_pixel_bootstrap(*maps, masks, n=50, seed=3)
     one = s.pixel_metrics(maps[0], masks, n_bootstrap=50, seed=3)
     constant = s.paired_pixel_bootstrap(maps[0], np.zeros_like(maps[0]), masks, n=50, seed=3)
-    assert set(found) == {"auroc", "auprc", "aupro"}
+    assert set(found) == {"auroc", "auprc", "aupro", "aupro_05"}
     assert [v - 0.5 for v in one["ci"]["auroc"]] == pytest.approx(constant["auroc"]["ci"], abs=1e-9)
     with_unknown = s.paired_pixel_bootstrap(*(np.concatenate([m, m[:1]]) for m in maps), [*masks, None], n=50, seed=3)
     assert with_unknown == found

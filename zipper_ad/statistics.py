@@ -166,7 +166,7 @@ def paired_pixel_bootstrap(
     level: float = 0.95,  # the share of resampled differences inside
     bins: int = 2048,  # levels for the resampled curves, as in `pixel_metrics`
 ) -> dict[str, dict]:
-    "`auroc`, `auprc`, `aupro`: for each what `paired_difference` gives; empty without faulty or without good pixels."
+    "`auroc`, `auprc`, `aupro`, `aupro_05`: for each what `paired_difference` gives; empty without faulty or without good pixels."
     figures, values = [], []
     for maps in (maps_a, maps_b):
         known, truth = _known_pixels(maps, masks)
