@@ -682,7 +682,7 @@ class ScoreAxis:
         width = np.ptp(scores[good]) if good.any() else np.ptp(scores)
         self.unit = float(np.abs(scores[good]).max()) if np.ptp(scores) > 30 * width > 0 else None
         ends = self.to(np.array([scores.min(), scores.max()]))
-        air = max(0.03 * (ends[1] - ends[0]), 1e-6)
+        air = 0.03 * (ends[1] - ends[0]) or max(0.05 * abs(ends[0]), 1e-3)
         self.low, self.high = float(ends[0] - air), float(ends[1] + air)
 
     def to(self, scores):
@@ -958,7 +958,7 @@ def _make_controls(self: Dashboard, data_name: str):
     state, names, wide = self.state, list(self.state.stores), W.Layout(width="100%")
     good, n = int((~state.store.labels).sum()), len(state.store)
     self.title = W.HTML(f"<b>{n} images</b> in {escape(data_name)}: {good} good, {n - good} defective")
-    self.model, self.second = _menu("detector", names, names[0]), _menu("beside", [("none", None), *[(k, k) for k in names]], None)
+    self.model, self.second = _menu("detector", names, names[0]), _menu("beside", [("none", ""), *[(k, k) for k in names]], "")
     kinds = sorted(set(state.store.kinds.tolist()), key=lambda k: (k != "good", k))
     self.kind = _menu("kind", [("all kinds", "all"), *[(k, k) for k in kinds]], "all")
     self.group, self.order = (_menu(w, [(v, k) for k, v in m.items()], next(iter(m))) for w, m in (("show", GROUPS), ("order", ORDERS)))
@@ -1080,7 +1080,7 @@ def _listen(self: Dashboard):
     "Connect widgets with what they do."
     for name, widget in {"model": self.model, "second": self.second, "kind": self.kind, "group": self.group, "order": self.order}.items():
         widget.observe(self._answer(lambda change, name=name: self.on_choice(name, change.new)), "value")
-    self.threshold.observe(self._answer(lambda c: self.on_threshold(float(self.axis.back(c.new)))), "value")
+    self.threshold.observe(self._answer(lambda c: self.on_slider(c.new)), "value")
     self.exact.observe(self._answer(lambda c: self.on_threshold(c.new)), "value")
     self.alarms.observe(self._answer(lambda c: (self.state.set_alarms(c.new), self.move())), "value")
     self.image.observe(self._answer(lambda c: self.on_pick(c.new)), "value")
@@ -1107,7 +1107,7 @@ def on_choice(
     value,  # what was chosen
 ):
     "Another choice in one of the menus."
-    setattr(self.state, name, value)
+    setattr(self.state, name, value or None)
     self.state.span = None
     if name in ("model", "second", "kind"):
         self.choose()
@@ -1125,6 +1125,17 @@ def on_threshold(
         raise InputError("the threshold must be a number.")
     self.state.thresholds[self.state.model] = float(value)
     self.move()
+
+
+@patch
+def on_slider(
+    self: Dashboard,
+    place: float,  # on the chart's axis
+):
+    "The slider was moved. Half a step does not count: so far a browser rounds the place that it was given, and reports it as a move."
+    now = np.clip(self.axis.to(self.state.thresholds[self.state.model]), self.axis.low, self.axis.high)
+    if abs(place - now) > 0.5001 * self.threshold.step:
+        self.on_threshold(float(self.axis.back(place)))
 
 
 @patch
@@ -1213,11 +1224,19 @@ def on_csv(self: Dashboard):
     "Have the browser save the current list."
     self.view.download("images.csv", "text/csv", self.state.table().encode("utf-8"))
 
+# %% ../nbs/51_app.ipynb #0eee9d76
+@patch
+def _repr_mimebundle_(self: Dashboard, **kwargs):
+    "Show the dashboard. The chart is brought up to date first: what changes before it is on a screen, plotly does not keep for the browser."
+    self.chart._repr_mimebundle_()
+    return W.VBox._repr_mimebundle_(self, **kwargs)
+
 # %% ../nbs/51_app.ipynb #f8783a84
 PARAMETERS = "ZIPPER_AD_DASHBOARD"  # environment variable that names the JSON file with the dashboard's parameters
 _line = "from zipper_ad.app import dashboard_from_file\ndashboard_from_file()"
 _template = """{%- extends "lab/index.html.j2" -%}
 {%- block notebook_css -%}
+{{ resources.include_js("static/voila-style.js") }}
 {{ spinner.css() }}
 <style>.jp-mod-noOutputs.jp-mod-noInput { display: none } body { background: white }</style>
 {{ super.super() }}
@@ -1277,10 +1296,11 @@ def _voila(notebook: Path, port: int) -> list[str]:
     options = {
         "Voila.ip": "127.0.0.1", "Voila.port": port, "Voila.port_retries": 0, "Voila.open_browser": False,
         "VoilaConfiguration.template": "zipper_ad", "VoilaConfiguration.theme": "light", "VoilaConfiguration.show_tracebacks": True,
-        "VoilaConfiguration.extension_allowlist": ["@jupyter-widgets/jupyterlab-manager", "anywidget"],
         "MappingKernelManager.cull_interval": 60, "MappingKernelManager.cull_idle_timeout": 900,  # of windows that were closed
     }  # fmt: skip
-    return [sys.executable, "-m", "voila", str(notebook), *(f"--{k}={v}" for k, v in options.items())]
+    needed = "anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"  # no other extension of JupyterLab is loaded
+    extensions = [f"--VoilaConfiguration.extension_allowlist={name}" for name in needed]
+    return [sys.executable, "-m", "voila", str(notebook), *(f"--{k}={v}" for k, v in options.items()), *extensions]
 
 
 def _wait_for(process, port: int, log: Path):
