@@ -42,7 +42,7 @@ from .core import InputError, atomic_path
 from .data import AnomalyDataset, cache_folder, find_items, fingerprint
 from .detector import Detector, Verdict
 from .interpret import COLOURS, drawn, overlay, verdict_panels
-from .metrics import auroc, roc_points, wilson_interval
+from .metrics import auroc, auroc_interval, roc_points, wilson_interval
 from .score import conformal_threshold, p_values
 
 # %% ../nbs/51_app.ipynb #04d05d3c
@@ -784,14 +784,15 @@ def _fill_dots(fig, state: ReviewState, axis: ScoreAxis):
 # %% ../nbs/51_app.ipynb #33c1ea8f
 def _fill_roc(fig, state: ReviewState):
     "The curve among what is counted, with the threshold of each corner as customdata; empty where a class is missing."
-    among, curve, words = state.counted(), ([], [], []), "ROC: needs good and defective images"
+    among, curve, words = state.counted(), ([], [], []), "needs good and defective images"
     labels, scores = state.store.labels[among], state.store.scores[among]
     if labels.any() and not labels.all():
-        curve, words = roc_points(labels, scores), f"ROC, AUROC {auroc(labels, scores):.3f}"
+        low, high = auroc_interval(labels, scores) or (0.0, 1.0)
+        curve, words = roc_points(labels, scores), f"AUROC {auroc(labels, scores):.3f} [{low:.3f}, {high:.3f}]"
     texts = [f"threshold {t:.4g}<br>{y:.1%} found, {x:.1%} false alarms" for x, y, t in zip(*curve)]  # noqa: B905
     roc, = fig.select_traces({"name": "ROC"})
     roc.update(x=curve[0], y=curve[1], customdata=np.nan_to_num(curve[2], posinf=scores.max()), text=texts)
-    fig.update_xaxes(title_text=f"false alarms (share of good); {words}", row=1, col=2)
+    fig.update_xaxes(title_text=f"false alarms (share of good)<br>{words}", row=1, col=2)
 
 
 def fill_chart(
@@ -874,6 +875,7 @@ class Page(anywidget.AnyWidget):
     .zad { --edge: #c8c8c8; font-size: 14px; line-height: 1.4; color: #111 }
     .zad h3 { margin: 4px 0; font-size: 16px; font-weight: 600 }
     .zad .across { display: flex; flex-wrap: wrap; gap: 16px }
+    .zad .across .row { width: min-content }
     .zad .panels { display: flex; flex-wrap: wrap; gap: 10px }
     .zad figure { margin: 0 }
     .zad figcaption { color: #444; font-size: 13px }
@@ -887,7 +889,7 @@ class Page(anywidget.AnyWidget):
     .zad .said.good { border-color: #0072b2 }
     .zad .said.defective { border-color: #e69f00 }
     .zad .key, .zad .head { color: #333; margin: 8px 0 }
-    .zad .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px }
+    .zad .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px; padding: 4px }
     .zad .card { display: flex; flex-direction: column; align-items: stretch; padding: 4px; background: white; color: #111;
       border: 1px solid var(--edge); border-bottom: 5px solid; font: inherit; font-size: 12px; cursor: pointer; text-align: left; min-width: 0 }
     .zad .card img { width: 100%; aspect-ratio: 1; margin-bottom: 3px }
