@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'zipper_ad.app._quietly': ('app.html#_quietly', 'zipper_ad/app.py'),
                                'zipper_ad.app._shapes': ('app.html#_shapes', 'zipper_ad/app.py'),
                                'zipper_ad.app._share': ('app.html#_share', 'zipper_ad/app.py'),
+                               'zipper_ad.app._sigterm_like_ctrl_c': ('app.html#_sigterm_like_ctrl_c', 'zipper_ad/app.py'),
                                'zipper_ad.app._voila': ('app.html#_voila', 'zipper_ad/app.py'),
                                'zipper_ad.app._wait_for': ('app.html#_wait_for', 'zipper_ad/app.py'),
                                'zipper_ad.app._whole_folder': ('app.html#_whole_folder', 'zipper_ad/app.py'),

@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -726,24 +727,23 @@ def make_chart() -> go.FigureWidget:
     for name in ("good", "defective"):
         fig.add_bar(name=name, marker_color=COLOURS[name], opacity=0.6, row=1, col=1, **plain)
     fig.add_scatter(name="images", mode="markers", showlegend=False, row=2, col=1, **plain)
-    fig.add_scatter(name="in view", mode="markers", marker={"symbol": "circle-open", "size": 15, "color": "black", "line": {"width": 2}},
-                    hoverinfo="skip", row=2, col=1)
     fig.add_scatter(name="ROC", mode="lines+markers", showlegend=False, line_color=COLOURS["good"], marker_size=5, row=1, col=2, **plain)
-    fig.add_scatter(name="at the threshold", mode="markers", marker={"size": 12, "color": COLOURS["defective"], "line": {"width": 2}},
-                    row=1, col=2, showlegend=False, **plain)
     _dress(fig)
     return fig
 
 
 def _dress(fig: go.FigureWidget):
-    "The look of the chart, and its two lines: the honest threshold, dashed, and the one that is set."
+    "The look, and four shapes: the honest threshold, dashed; the one that is set; a ring around the image in view; a disc on the curve."
     line = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
+    disc = {"type": "circle", "xsizemode": "pixel", "ysizemode": "pixel", "visible": False}
+    ring, point = ({**disc, "x0": -r, "x1": r, "y0": -r, "y1": r, "line": {"color": "#000000", "width": 2}} for r in (9, 7))
     fig.update_layout(
         template="simple_white", height=330, margin={"l": 10, "r": 10, "t": 28, "b": 10}, barmode="overlay", hovermode="closest", bargap=0,
         legend={"orientation": "h", "y": 1.12, "x": 0}, font={"size": 12}, clickmode="event",
-        shapes=[{**line, "line": {"dash": "dash", "width": 2, "color": "#555555"}}, {**line, "line": {"width": 3, "color": "#000000"}}],
+        shapes=[{**line, "line": {"dash": "dash", "width": 2, "color": "#555555"}}, {**line, "line": {"width": 3, "color": "#000000"}},
+                {**ring, "xref": "x3", "yref": "y3"}, {**point, "xref": "x2", "yref": "y2", "fillcolor": COLOURS["defective"]}],
     )
-    fig.update_yaxes(title_text="images", row=1, col=1, rangemode="tozero")
+    fig.update_yaxes(title_text="images", row=1, col=1)
     fig.update_xaxes(title_text="score, higher is more anomalous", row=2, col=1)
     fig.update_xaxes(title_text="false alarms (share of good)", range=[-0.02, 1.02], row=1, col=2)
     fig.update_yaxes(title_text="recall", range=[-0.02, 1.04], row=1, col=2)
@@ -762,6 +762,8 @@ def _fill_bars(fig, state: ReviewState, axis: ScoreAxis):
     among, scores = state.counted(), state.store.scores
     edges = _bins(axis.to(scores), float(axis.to(state.store.threshold["value"])), axis)
     at = np.searchsorted(edges, axis.to(scores), side="left").clip(1) - 1  # a score at the threshold counts below it
+    top = max(1, *(np.bincount(at[(state.store.labels == y) & among], minlength=1).max() for y in (False, True)))
+    fig.update_yaxes(range=[0, 1.08 * top], row=1, col=1)  # fixed: an axis that finds its own range is computed again at every move
     for name, chosen in (("good", ~state.store.labels), ("defective", state.store.labels)):
         n = np.bincount(at[chosen & among], minlength=len(edges) - 1)
         bar, = fig.select_traces({"name": name})
@@ -777,7 +779,9 @@ def _fill_dots(fig, state: ReviewState, axis: ScoreAxis):
     jitter = np.random.default_rng(0).uniform(-0.27, 0.27, len(kinds))[chosen]
     texts = [f"{escape(str(kinds[i]))}: {escape(state.store.files[i])}<br>score {state.store.scores[i]:.4g}" for i in chosen]
     dots, = fig.select_traces({"name": "images"})
-    dots.update(x=axis.to(state.store.scores[chosen]), y=[names.index(kinds[i]) for i in chosen] + jitter, text=texts, customdata=chosen)
+    colours = np.where(state.store.labels[chosen], COLOURS["defective"], COLOURS["good"]).tolist()
+    dots.update(x=axis.to(state.store.scores[chosen]), y=[names.index(kinds[i]) for i in chosen] + jitter, text=texts, customdata=chosen,
+                marker={"size": 8, "color": colours})
     labels = [f"{escape(n)} ({(kinds[chosen] == n).sum()})" for n in names]
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, range=[len(names) - 0.4, -0.6], row=2, col=1)
 
@@ -822,19 +826,16 @@ def move_chart(
     axis, t = axis or state.axis(), state.thresholds[state.model]
     place, s, chosen = float(np.clip(axis.to(t), axis.low, axis.high)), state.store, np.flatnonzero(state.counted())
     wrong = (s.scores[chosen] > t) != s.labels[chosen]
-    colours = np.where(wrong, COLOURS["wrong"], np.where(s.labels[chosen], COLOURS["defective"], COLOURS["good"]))
-    dots, ring, point = (next(fig.select_traces({"name": n})) for n in ("images", "in view", "at the threshold"))
-    with fig.batch_update():
-        fig.layout.shapes[1].update(x0=place, x1=place)
-        dots.marker = {"color": colours.tolist(), "symbol": np.where(wrong, "x-thin-open", "circle").tolist(), "size": 8}
-        at = np.flatnonzero(chosen == state.index) if not state.upload else []
-        ring.update(x=dots.x[at], y=dots.y[at]) if len(at) else ring.update(x=[], y=[])
-        rates = state.rates()
-        if all(n for _, n, _ in (rates["recall"], rates["false alarms"])):
-            (found, of, _), (alarms, good, _) = rates["recall"], rates["false alarms"]
-            point.update(x=[alarms / good], y=[found / of], text=[f"{found} of {of} found, {alarms} of {good} false alarms"])
-        else:
-            point.update(x=[], y=[])
+    dots, = fig.select_traces({"name": "images"})
+    symbols, at = np.where(wrong, "x-thin-open", "circle").tolist(), np.flatnonzero(chosen == state.index) if not state.upload else []
+    (found, of, _), (alarms, good, _) = state.rates()["recall"], state.rates()["false alarms"]
+    _, line, ring, point = fig.layout.shapes
+    with fig.batch_update():  # shapes are cheap to move: data that change would have plotly compute the whole chart again
+        line.update(x0=place, x1=place)
+        ring.update(visible=True, xanchor=float(dots.x[at[0]]), yanchor=float(dots.y[at[0]])) if len(at) else ring.update(visible=False)
+        point.update(visible=True, xanchor=alarms / good, yanchor=found / of) if good and of else point.update(visible=False)
+        if symbols != list(dots.marker.symbol or []):
+            dots.marker.symbol = symbols
 
 # %% ../nbs/51_app.ipynb #cad00e1d
 class Page(anywidget.AnyWidget):
@@ -1323,10 +1324,11 @@ def served(
     folder: str | Path | None = None,  # where prepared maps are kept, see `prepare`
 ):
     "A running server: its process and address. It ends with the block. Raises `InputError` for a wrong folder or port."
+    loaded = {name: Detector.load(run) for name, run in detectors.items()}
     check_port(port)
     arguments = {"detectors": {k: str(Path(v).resolve()) for k, v in detectors.items()}, "data": str(Path(data).resolve()),
                  "folder": str(Path(folder).resolve()) if folder else None}  # fmt: skip
-    prepare({name: Detector.load(run) for name, run in detectors.items()}, data, folder)
+    prepare(loaded, data, folder)
     for run in list(detectors.values())[:1]:
         Reviews(Path(run) / "review.csv")  # so that a damaged one is told here
     with tempfile.TemporaryDirectory() as place:
@@ -1351,6 +1353,19 @@ def _end(process):
         process.kill()
 
 # %% ../nbs/51_app.ipynb #389779e4
+@contextlib.contextmanager
+def _sigterm_like_ctrl_c():
+    "Whoever ends this process by SIGTERM ends the server with it. Signals belong to the main thread: elsewhere nothing happens."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def serve(
     runs,  # folders of runs, one or several
     data: str | Path,  # a folder with test/ and, where known, ground_truth/
@@ -1358,13 +1373,10 @@ def serve(
     folder: str | Path | None = None,  # where prepared maps are kept, see `prepare`
 ) -> int:
     "Serve the dashboard until Ctrl-C; returns the exit code. Raises `InputError` for a wrong run, folder or port."
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is ended in any case
     try:
-        with served(_named(runs), data, port, folder) as (process, address):
+        with _sigterm_like_ctrl_c(), served(_named(runs), data, port, folder) as (process, address):
             print(f"dashboard: {address} (Ctrl-C ends it)", flush=True)
             return process.wait()
     except KeyboardInterrupt:
         print("the dashboard has ended")
         return 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
