@@ -420,6 +420,9 @@ def test_in_a_browser(page, small, state, tmp_path):
     shows(badge, f"{state.stores['second'].threshold['value']:.4g}")
     shows(said, "second")
 
+    page.wait_for_timeout(500)
+    assert "honest" in badge.inner_text() and "oracle" not in counts.inner_text(), "another detector was chosen, and the threshold moved"
+
     file = small.data / state.store.files[1]  # a picture of one's own, and one that is none
     page.set_input_files("[data-upload]", {"name": "mine.png", "mimeType": "image/png", "buffer": file.read_bytes()})
     shows(name, "mine.png")
