@@ -326,8 +326,8 @@ def save(
 
 # %% ../nbs/51_app.ipynb #c4707913
 STEPS = 500  # of the threshold slider
-GROUPS = {"all": "all images", "missed": "missed defects", "alarm": "false alarms", "anomalous": "called anomalous", "normal": "called normal",
-          "differ": "the two detectors disagree", "reviewed": "reviewed"}  # fmt: skip
+GROUPS = {"all": "all images", "missed": "missed defects", "alarm": "false alarms", "anomalous": "called anomalous",
+          "normal": "called normal", "differ": "the two detectors disagree", "reviewed": "reviewed"}  # fmt: skip
 ORDERS = {"near": "nearest the threshold", "high": "highest score", "low": "lowest score", "file": "by file"}
 
 
@@ -607,8 +607,9 @@ def badge_html(
         return (f'<p class="zad-badge honest"><b>honest</b> threshold {t:.4g}: set on {s["n_calibration"]} held-out good images, '
                 f'promises at most {s["promised_fpr"]:.1%} false alarms</p>')
     k, n = state.alarms(), len(state.store.calibration_scores)
-    return (f'<p class="zad-badge oracle"><b>oracle</b> threshold {t:.4g}: moved with the test labels in sight, so its figures are not to be quoted as '
-            f'performance. On the calibration images alone it would promise at most {k / (n + 1):.1%} false alarms. Honest: {s["value"]:.4g}</p>')
+    return (f'<p class="zad-badge oracle"><b>oracle</b> threshold {t:.4g}: moved with the test labels in sight, so its figures are not '
+            f'to be quoted as performance. On the calibration images alone it would promise at most {k / (n + 1):.1%} false alarms. '
+            f'Honest: {s["value"]:.4g}</p>')
 
 # %% ../nbs/51_app.ipynb #9490a506
 def _data_uri(jpeg: bytes) -> str:
@@ -667,7 +668,8 @@ def view_html(
         side = 200 if mode == "side by side" else 400 if len(shown) == 1 else 380
         pictures = "".join(_pair_html(t, *pair, mode, side) for t, pair in layers(verdict, mask, state.stores[model].scale, mode).items())
         look = "defective" if verdict.is_anomalous else "good"
-        rows.append(f'<section class="row"><p class="said {look}"><b>{escape(model)}</b> {said}</p><div class="panels">{pictures}</div></section>')
+        said = f'<p class="said {look}"><b>{escape(model)}</b> {said}</p>'
+        rows.append(f'<section class="row">{said}<div class="panels">{pictures}</div></section>')
     key = "cyan line: marked by the detector" + ("" if mask is None else "; dashed line: true fault")
     flow = "down" if mode == "side by side" else "across"
     return f'<h3><bdi>{escape(name)}</bdi></h3><div class="{flow}">{"".join(rows)}</div><p class="key">{key}</p>'
@@ -838,78 +840,84 @@ def move_chart(
         dots.marker.symbol = symbols
 
 # %% ../nbs/51_app.ipynb #cad00e1d
+_behaviour = """
+function render({ model, el }) {
+  el.classList.add("zad");
+  const draw = () => { el.innerHTML = model.get("html"); };
+  const slide = () => el.style.setProperty("--at", model.get("at"));
+  el.addEventListener("click", (event) => {
+    const found = event.target.closest("[data-send]");
+    if (found) model.send(JSON.parse(found.dataset.send));
+  });
+  el.addEventListener("change", async (event) => {
+    const file = event.target.matches("[data-upload]") && event.target.files[0];
+    if (!file) return;
+    if (file.size > model.get("most")) model.send({ refused: file.name, size: file.size });
+    else model.send({ upload: file.name }, undefined, [await file.arrayBuffer()]);
+  });
+  model.on("msg:custom", (message, buffers) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([buffers[0]], { type: message.type }));
+    link.download = message.save;
+    link.click();
+  });
+  model.on("change:html", draw);
+  model.on("change:at", slide);
+  draw();
+  slide();
+}
+export default { render };
+"""  # JavaScript
+
+# %% ../nbs/51_app.ipynb #8ff9bc2d
+_style = """
+.zad { --edge: #c8c8c8; font-size: 14px; line-height: 1.4; color: #111 }
+.zad h3 { margin: 4px 0; font-size: 16px; font-weight: 600 }
+.zad .across { display: flex; flex-wrap: wrap; gap: 16px }
+.zad .across .row { width: min-content }
+.zad .panels { display: flex; flex-wrap: wrap; gap: 10px }
+.zad figure { margin: 0 }
+.zad figcaption { color: #444; font-size: 13px }
+.zad .pair { position: relative; border: 1px solid var(--edge) }
+.zad .pair img { width: 100%; display: block }
+.zad .pair .upper { position: absolute; inset: 0; height: 100% }
+.zad .fade .upper { opacity: var(--at) }
+.zad .wipe .upper { clip-path: inset(0 0 0 calc(100% * var(--at))) }
+.zad .wipe::after { content: ""; position: absolute; inset: 0 auto 0 calc(100% * var(--at) - 1px); border-left: 2px solid #00e5ff }
+.zad .said { margin: 6px 0; padding-left: 8px; border-left: 6px solid }
+.zad .said.good { border-color: #0072b2 }
+.zad .said.defective { border-color: #e69f00 }
+.zad .key, .zad .head { color: #333; margin: 8px 0 }
+.zad .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px; padding: 4px }
+.zad .card { display: flex; flex-direction: column; align-items: stretch; padding: 4px; background: white; color: #111;
+  border: 1px solid var(--edge); border-bottom: 5px solid; font: inherit; font-size: 12px; cursor: pointer; text-align: left; min-width: 0 }
+.zad .card img { width: 100%; aspect-ratio: 1; margin-bottom: 3px }
+.zad .card span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+.zad .card.good { border-bottom-color: #0072b2 }
+.zad .card.defective { border-bottom-color: #e69f00 }
+.zad .card.wrong { border-bottom: 5px dashed #000; font-weight: 700 }
+.zad .card[aria-current] { outline: 3px solid #000; outline-offset: 1px }
+.zad .turn { font: inherit; margin-left: 6px }
+.zad .drop { display: block; margin: 8px 0 }
+.zad-badge { margin: 2px 0; padding: 6px 10px; border-left: 6px solid; line-height: 1.4; white-space: normal; font-size: 14px }
+.zad-badge.honest { border-color: #0072b2; background: #eef5fa }
+.zad-badge.oracle { border-color: #000; background: #fdf1dc }
+.zad-counts { border-collapse: collapse; font-size: 14px; line-height: 1.4 }
+.zad-counts caption { text-align: left; color: #444; padding-bottom: 4px; white-space: normal; font-size: 13px }
+.zad-counts th, .zad-counts td { padding: 3px 12px 3px 0; text-align: left; border-top: 1px solid #ddd;
+  vertical-align: top; white-space: normal }
+.zad-counts small { color: #444; white-space: nowrap }
+.zad-error { color: #a40000; font-weight: 600; white-space: normal; line-height: 1.4 }
+"""
+
+# %% ../nbs/51_app.ipynb #4804c15a
 class Page(anywidget.AnyWidget):
     "HTML whose buttons and files speak to Python: `data-send` is sent when clicked, `data-upload` marks a file input."
 
     html = traitlets.Unicode().tag(sync=True)
     at = traitlets.Float(0.5).tag(sync=True)  # the CSS variable --at
     most = traitlets.Int(MAX_UPLOAD).tag(sync=True)  # bytes that may be sent
-    _esm = """
-    function render({ model, el }) {
-      el.classList.add("zad");
-      const draw = () => { el.innerHTML = model.get("html"); };
-      const slide = () => el.style.setProperty("--at", model.get("at"));
-      el.addEventListener("click", (event) => {
-        const found = event.target.closest("[data-send]");
-        if (found) model.send(JSON.parse(found.dataset.send));
-      });
-      el.addEventListener("change", async (event) => {
-        const file = event.target.matches("[data-upload]") && event.target.files[0];
-        if (!file) return;
-        if (file.size > model.get("most")) model.send({ refused: file.name, size: file.size });
-        else model.send({ upload: file.name }, undefined, [await file.arrayBuffer()]);
-      });
-      model.on("msg:custom", (message, buffers) => {
-        const link = document.createElement("a");
-        link.href = URL.createObjectURL(new Blob([buffers[0]], { type: message.type }));
-        link.download = message.save;
-        link.click();
-      });
-      model.on("change:html", draw);
-      model.on("change:at", slide);
-      draw();
-      slide();
-    }
-    export default { render };
-    """
-    _css = """
-    .zad { --edge: #c8c8c8; font-size: 14px; line-height: 1.4; color: #111 }
-    .zad h3 { margin: 4px 0; font-size: 16px; font-weight: 600 }
-    .zad .across { display: flex; flex-wrap: wrap; gap: 16px }
-    .zad .across .row { width: min-content }
-    .zad .panels { display: flex; flex-wrap: wrap; gap: 10px }
-    .zad figure { margin: 0 }
-    .zad figcaption { color: #444; font-size: 13px }
-    .zad .pair { position: relative; border: 1px solid var(--edge) }
-    .zad .pair img { width: 100%; display: block }
-    .zad .pair .upper { position: absolute; inset: 0; height: 100% }
-    .zad .fade .upper { opacity: var(--at) }
-    .zad .wipe .upper { clip-path: inset(0 0 0 calc(100% * var(--at))) }
-    .zad .wipe::after { content: ""; position: absolute; inset: 0 auto 0 calc(100% * var(--at) - 1px); border-left: 2px solid #00e5ff }
-    .zad .said { margin: 6px 0; padding-left: 8px; border-left: 6px solid }
-    .zad .said.good { border-color: #0072b2 }
-    .zad .said.defective { border-color: #e69f00 }
-    .zad .key, .zad .head { color: #333; margin: 8px 0 }
-    .zad .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px; padding: 4px }
-    .zad .card { display: flex; flex-direction: column; align-items: stretch; padding: 4px; background: white; color: #111;
-      border: 1px solid var(--edge); border-bottom: 5px solid; font: inherit; font-size: 12px; cursor: pointer; text-align: left; min-width: 0 }
-    .zad .card img { width: 100%; aspect-ratio: 1; margin-bottom: 3px }
-    .zad .card span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-    .zad .card.good { border-bottom-color: #0072b2 }
-    .zad .card.defective { border-bottom-color: #e69f00 }
-    .zad .card.wrong { border-bottom: 5px dashed #000; font-weight: 700 }
-    .zad .card[aria-current] { outline: 3px solid #000; outline-offset: 1px }
-    .zad .turn { font: inherit; margin-left: 6px }
-    .zad .drop { display: block; margin: 8px 0 }
-    .zad-badge { margin: 2px 0; padding: 6px 10px; border-left: 6px solid; line-height: 1.4; white-space: normal; font-size: 14px }
-    .zad-badge.honest { border-color: #0072b2; background: #eef5fa }
-    .zad-badge.oracle { border-color: #000; background: #fdf1dc }
-    .zad-counts { border-collapse: collapse; font-size: 14px; line-height: 1.4 }
-    .zad-counts caption { text-align: left; color: #444; padding-bottom: 4px; white-space: normal; font-size: 13px }
-    .zad-counts th, .zad-counts td { padding: 3px 12px 3px 0; text-align: left; border-top: 1px solid #ddd; vertical-align: top; white-space: normal }
-    .zad-counts small { color: #444; white-space: nowrap }
-    .zad-error { color: #a40000; font-weight: 600; white-space: normal; line-height: 1.4 }
-    """
+    _esm, _css = _behaviour, _style
 
     def download(
         self,
@@ -968,10 +976,11 @@ def _make_controls(self: Dashboard, data_name: str):
     self.image = _menu("image", [(f"{k}: {Path(f).name}", i) for i, (k, f) in enumerate(zip(state.store.kinds, state.store.files))],  # noqa: B905
                        state.index)
     label = {"style": {"description_width": "95px"}, "layout": wide, "readout": False}
-    self.threshold = W.IntSlider(description="threshold", min=0, max=STEPS, **label)  # whole steps along the chart: a browser rounds all else
+    self.threshold = W.IntSlider(description="threshold", min=0, max=STEPS, **label)  # whole steps: a browser rounds all else
     self.alarms = W.IntSlider(description="false alarms", min=1, max=len(state.store.calibration_scores), **label)
     self.honest = W.Button(description="back to the honest threshold", layout=W.Layout(width="240px"))
-    self.exact = W.FloatText(description="exactly", continuous_update=False, layout=W.Layout(width="170px"), style={"description_width": "55px"})
+    self.exact = W.FloatText(description="exactly", continuous_update=False, layout=W.Layout(width="170px"),
+                             style={"description_width": "55px"})  # fmt: skip
 
 
 @patch
@@ -1104,7 +1113,8 @@ def _listen(self: Dashboard):
     for page in (self.gallery, self.bar):
         page.on_msg(self._answer(lambda _, message, buffers: self.on_message(message, buffers)))
     for name in ("good", "defective", "images", "ROC"):
-        next(self.chart.select_traces({"name": name})).on_click(self._answer(lambda trace, points, _: self.on_point(trace, points.point_inds)))
+        trace = next(self.chart.select_traces({"name": name}))
+        trace.on_click(self._answer(lambda trace, points, _: self.on_point(trace, points.point_inds)))
 
 # %% ../nbs/51_app.ipynb #e8802286
 @patch
@@ -1244,7 +1254,7 @@ def on_csv(self: Dashboard):
 # %% ../nbs/51_app.ipynb #0eee9d76
 @patch
 def _repr_mimebundle_(self: Dashboard, **kwargs):
-    "Show the dashboard. The chart is brought up to date first: what changes before it is on a screen, plotly does not keep for the browser."
+    "Show the dashboard. The chart is brought up to date first: plotly forgets what changed before it was shown."
     self.chart._repr_mimebundle_()
     return W.VBox._repr_mimebundle_(self, **kwargs)
 
@@ -1315,7 +1325,7 @@ def _voila(notebook: Path, port: int) -> list[str]:
         "VoilaConfiguration.template": "zipper_ad", "VoilaConfiguration.theme": "light", "VoilaConfiguration.show_tracebacks": True,
         "MappingKernelManager.cull_interval": 60, "MappingKernelManager.cull_idle_timeout": 900,  # of windows that were closed
     }  # fmt: skip
-    needed = "anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"  # no other extension of JupyterLab is loaded
+    needed = "anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"  # and no other
     extensions = [f"--VoilaConfiguration.extension_allowlist={name}" for name in needed]
     return [sys.executable, "-m", "voila", str(notebook), *(f"--{k}={v}" for k, v in options.items()), *extensions]
 
