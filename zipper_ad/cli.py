@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'demo']
+           'bench', 'dashboard', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -740,6 +740,16 @@ def bench(pairs):
     files = export_all(detector, out.with_suffix(""), backends, precisions, pictures)
     images = [read_image(p, detector.config.data.channels) for p in paths[:8]]
     print(write_bench(benchmark(detector, files, images, batch, threads, rounds), out))
+
+# %% ../nbs/50_cli.ipynb #ef09de7b
+@command("dashboard")
+def dashboard(pairs):
+    "Explore verdicts in a browser, on 127.0.0.1, until Ctrl-C: run=RUN|[RUN,RUN] data=DIR [port=8866]"
+    runs, root, port = _several(_option(pairs, "run", str)), _option(pairs, "data", str), _option(pairs, "port", 8866)
+    _nothing_left(pairs, ["run", "data", "port"])
+    from zipper_ad.app import serve
+
+    return serve(runs, root, port)
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"
