@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from zipper_ad.bench import benchmark, export_all, where_time_goes, write_bench
 from zipper_ad.core import atomic_path
-from zipper_ad.data import AnomalyDataset, read_image
+from zipper_ad.data import AnomalyDataset, read_image, split_normals
 from zipper_ad.detector import Detector
 from zipper_ad.predictor import Predictor
 
@@ -56,7 +56,8 @@ def main():
     labels = [test.labels[i] for i in chosen]
     pictures = [read_image(test.paths[i], d.channels) for i in chosen]
     train = AnomalyDataset(options["data"], "train", size=d.size, channels=d.channels, cache="off")
-    calibration = train.batch(list(range(min(len(train), int(options.get("calibration", 24))))))
+    trained_on = split_normals(train, d.held_out, detector.config.seed)[0]  # not those that set the threshold
+    calibration = train.batch(trained_on[: int(options.get("calibration", 24))])
     facts = {"model": detector.config.model.name, "data": options.get("note", "rendered"), "defective": int(sum(labels))}
     facts |= {"parity": [], "load": []}
     expected = scores_of(detector, pictures)
