@@ -76,6 +76,8 @@ def test_killed_and_resumed(pictures, whole, tmp_path, model, moment):
         pytest.skip("the training was over before it was killed")
     refused = start(*arguments)
     assert "unfinished training" in refused.communicate()[1] and refused.returncode == 2
+    (killed / "pictures").mkdir(exist_ok=True)
+    (killed / "pictures/.part-abc.jpg").write_bytes(b"half a picture")  # as a kill at that moment leaves it
     run("train", f"out={killed}", "resume=true")
     assert not (killed / "checkpoints/state.safetensors").exists() and not list(killed.rglob(".part-*"))
     for name in ("weights.safetensors", "checkpoints/best.safetensors", "checkpoints/last.safetensors"):

@@ -223,6 +223,8 @@ def _open_run(out: str, overwrite: bool, resume: bool = False) -> Path:
         raise InputError(f"{folder}: holds an unfinished training. Say resume=true to carry on, or overwrite=true to begin anew.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.rglob(".part-*") if resume else ():  # what a kill left half-written
+            file.unlink(missing_ok=True)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     except OSError as e:
         raise InputError(f"{folder}: cannot be written to ({e.strerror}). Choose another out=.") from e
