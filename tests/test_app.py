@@ -22,10 +22,10 @@ from zipper_ad.app import (
     ReviewState,
     ScoreAxis,
     badge_html,
+    blend,
     check_port,
     counts_html,
     data_key,
-    flatten,
     gallery_html,
     judge_upload,
     layers,
@@ -243,7 +243,7 @@ def test_every_mode_draws(state):
         assert html.count("<section") == 2 and html.count("<img") == {"side by side": 8, "contours": 2}.get(mode, 4)
         for pair in layers(state.store.verdict(0), state.store.true_mask(0), state.store.scale, mode).values():
             for at in (0.0, 0.4, 1.0):
-                flat = flatten(*pair, mode, at)
+                flat = blend(*pair, mode, at)
                 assert flat.ndim == 3 and 0 <= flat.min() and flat.max() <= 1
 
 

@@ -29,13 +29,12 @@ from zipper_ad.data import (
     fetch_mvtec,
     find_items,
     fingerprint,
-    from_pil,
     list_images,
     read_image,
     split_normals,
     to_tensor,
-    to_uint8,
 )
+from zipper_ad.picture import from_pil, to_uint8
 
 REAL = Path(os.environ.get("ZIPPER_AD_REAL") or Path(__file__).parents[2] / "shared/data/zipper_mvtec_subset")
 needs_real = pytest.mark.skipif(not (REAL / "train/good").is_dir(), reason="no real photographs (set ZIPPER_AD_REAL)")

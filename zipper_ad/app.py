@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THUMB', 'STORE_FORMAT', 'REVIEWS', 'STEPS', 'GROUPS', 'ORDERS', 'MAX_UPLOAD', 'MODES', 'PARAMETERS', 'detector_key',
-           'data_key', 'Store', 'open_store', 'prepare', 'Reviews', 'ReviewState', 'judge_upload', 'layers', 'flatten',
+           'data_key', 'Store', 'open_store', 'prepare', 'Reviews', 'ReviewState', 'judge_upload', 'layers', 'blend',
            'headline', 'draw_view', 'counts_html', 'badge_html', 'gallery_html', 'view_html', 'ScoreAxis', 'make_chart',
            'fill_chart', 'move_chart', 'Page', 'Dashboard', 'dashboard_from_file', 'write_site', 'check_port', 'served',
            'serve']
@@ -39,6 +39,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .compare import run_names
 from .core import InputError, atomic_path
 from .data import AnomalyDataset, cache_folder, find_items, fingerprint
 from .detector import Detector, Verdict
@@ -149,7 +150,7 @@ def verdict(
     return Verdict(float(self.scores[i]), float(self.p_values[i]), bool(self.scores[i] > limit), np.float32(self.arrays["maps"][i]),
                    self._bits("marked", i), image, reconstruction, Path(self.files[i]))
 
-
+# %% ../nbs/51_app.ipynb #e8a10a15
 @patch
 def thumbnail(
     self: Store,
@@ -301,7 +302,7 @@ def said(
     row = self.rows.get(file, {})
     return row.get("review", ""), row.get("note", "")
 
-
+# %% ../nbs/51_app.ipynb #9c4aefa7
 @patch
 def save(
     self: Reviews,
@@ -444,7 +445,7 @@ def pick(
         raise InputError(f"image {i}: there are {len(self.store)}, counted from 0.")
     self.index, self.upload = int(i), None
 
-
+# %% ../nbs/51_app.ipynb #2238ab79
 @patch
 def step(
     self: ReviewState,
@@ -530,8 +531,8 @@ def layers(
         return {"photograph | reconstruction": (panels["image"], panels["reconstruction"])}
     return {title: (picture, None) for title, picture in panels.items()}
 
-
-def flatten(
+# %% ../nbs/51_app.ipynb #7b7ef517
+def blend(
     lower: np.ndarray,  # RGB (H,W,3) in [0, 1]
     upper: np.ndarray | None,  # the same size; None: there is none
     mode: str,  # "overlay" mixes them, "swipe" divides them
@@ -544,7 +545,7 @@ def flatten(
         return (1 - at) * lower + at * upper
     return np.concatenate([lower[:, : (cut := round(at * lower.shape[1]))], upper[:, cut:]], axis=1)
 
-# %% ../nbs/51_app.ipynb #8c7c0635
+# %% ../nbs/51_app.ipynb #5a9c0efd
 def headline(
     verdict: Verdict,  # with its score
     threshold: float,  # what it was held against
@@ -559,7 +560,7 @@ def headline(
 def draw_view(
     state: ReviewState,  # what is in view
     mode: str = "side by side",  # one of `MODES`
-    at: float = 0.5,  # opacity or division, see `flatten`
+    at: float = 0.5,  # opacity or division, see `blend`
 ):
     "The current view as a figure: one row a detector."
     mask, shown = state.mask_in_view(), state.shown()
@@ -568,7 +569,7 @@ def draw_view(
     fig, axes = plt.subplots(len(rows), width, figsize=(max(2.4 * width, 4.2), 2.75 * len(rows) + 0.3), squeeze=False)
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         for ax, (title, pair) in zip(line, row.items(), strict=True):
-            ax.imshow(flatten(*pair, mode, at), vmin=0, vmax=1)
+            ax.imshow(blend(*pair, mode, at), vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[], xlabel=title)
         said = headline(shown[name], state.thresholds[name], state.is_honest(name))
         line[0].set_title(f"{name}: {said}".replace("$", r"\$"), fontsize=9, loc="left")
@@ -734,7 +735,7 @@ def make_chart() -> go.FigureWidget:
     _dress(fig)
     return fig
 
-
+# %% ../nbs/51_app.ipynb #28a0e07e
 def _dress(fig: go.FigureWidget):
     "The look, and four shapes: the honest threshold, dashed; the one that is set; a ring around the image in view; a disc on the curve."
     line = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "opacity": 1}
@@ -774,7 +775,7 @@ def _fill_bars(fig, state: ReviewState, axis: ScoreAxis):
         bar.update(x=(edges[1:] + edges[:-1]) / 2, y=n, width=np.diff(edges), text=texts, textposition="none",
                    customdata=np.stack([axis.back(edges[:-1]), axis.back(edges[1:])], 1))
 
-
+# %% ../nbs/51_app.ipynb #33c1ea8f
 def _fill_dots(fig, state: ReviewState, axis: ScoreAxis):
     "One dot an image, a row a kind, good ones on top; the index goes along as customdata."
     chosen, kinds = np.flatnonzero(state.counted()), state.store.kinds
@@ -788,7 +789,7 @@ def _fill_dots(fig, state: ReviewState, axis: ScoreAxis):
     labels = [f"{escape(n)} ({(kinds[chosen] == n).sum()})" for n in names]
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, range=[len(names) - 0.4, -0.6], row=2, col=1)
 
-# %% ../nbs/51_app.ipynb #33c1ea8f
+# %% ../nbs/51_app.ipynb #a5a11b4e
 def _fill_roc(fig, state: ReviewState):
     "The curve among what is counted, with the threshold of each corner as customdata; empty where a class is missing."
     among, curve, words = state.counted(), ([], [], []), "needs good and defective images"
@@ -819,7 +820,7 @@ def fill_chart(
         fig.layout.shapes[0].update(x0=honest, x1=honest)
     move_chart(fig, state, axis)
 
-
+# %% ../nbs/51_app.ipynb #9637963e
 def move_chart(
     fig: go.FigureWidget,  # filled by `fill_chart`
     state: ReviewState,  # with another threshold or image
@@ -899,6 +900,10 @@ _style = """
 .zad .card[aria-current] { outline: 3px solid #000; outline-offset: 1px }
 .zad .turn { font: inherit; margin-left: 6px }
 .zad .drop { display: block; margin: 8px 0 }
+"""  # CSS
+
+# %% ../nbs/51_app.ipynb #38a89e77
+_style += """
 .zad-badge { margin: 2px 0; padding: 6px 10px; border-left: 6px solid; line-height: 1.4; white-space: normal; font-size: 14px }
 .zad-badge.honest { border-color: #0072b2; background: #eef5fa }
 .zad-badge.oracle { border-color: #000; background: #fdf1dc }
@@ -982,7 +987,7 @@ def _make_controls(self: Dashboard, data_name: str):
     self.exact = W.FloatText(description="exactly", continuous_update=False, layout=W.Layout(width="170px"),
                              style={"description_width": "55px"})  # fmt: skip
 
-
+# %% ../nbs/51_app.ipynb #fe8db325
 @patch
 def _make_views(self: Dashboard):
     "What shows, and what is said of an image."
@@ -1041,7 +1046,7 @@ def place(self: Dashboard) -> int:
     share = (self.axis.to(self.state.thresholds[self.state.model]) - self.axis.low) / (self.axis.high - self.axis.low)
     return round(STEPS * float(np.clip(share, 0, 1)))
 
-
+# %% ../nbs/51_app.ipynb #e0a9a5b5
 @patch
 def move(self: Dashboard):
     "Show the state's threshold everywhere."
@@ -1062,7 +1067,7 @@ def relist(self: Dashboard, page: int = 0):
     self.page = page
     self.gallery.html = gallery_html(self.state, page)
 
-
+# %% ../nbs/51_app.ipynb #e8802286
 @patch
 def look(self: Dashboard):
     "Show the image in view, and what was said of it."
@@ -1076,7 +1081,7 @@ def look(self: Dashboard):
     for widget in (self.review, self.note, self.save):
         widget.disabled = own
 
-# %% ../nbs/51_app.ipynb #e0a9a5b5
+# %% ../nbs/51_app.ipynb #9ebabe48
 @patch
 def _answer(self: Dashboard, function):
     "A handler that does nothing while the dashboard sets its widgets, and shows wrong input as a line."
@@ -1090,7 +1095,7 @@ def _answer(self: Dashboard, function):
             self.status.value = f'<p class="zad-error" role="alert">{escape(str(e))}</p>'
     return answer
 
-
+# %% ../nbs/51_app.ipynb #16f74099
 @patch
 def _listen(self: Dashboard):
     "Connect widgets with what they do."
@@ -1116,7 +1121,7 @@ def _listen(self: Dashboard):
         trace = next(self.chart.select_traces({"name": name}))
         trace.on_click(self._answer(lambda trace, points, _: self.on_point(trace, points.point_inds)))
 
-# %% ../nbs/51_app.ipynb #e8802286
+# %% ../nbs/51_app.ipynb #c012ebd9
 @patch
 def on_choice(
     self: Dashboard,
@@ -1143,7 +1148,7 @@ def on_threshold(
     self.state.thresholds[self.state.model] = float(value)
     self.move()
 
-
+# %% ../nbs/51_app.ipynb #2d8ed3d6
 @patch
 def on_slider(
     self: Dashboard,
@@ -1176,7 +1181,7 @@ def on_pick(
         self.relist(self.page)
         self.look()
 
-
+# %% ../nbs/51_app.ipynb #19137a40
 @patch
 def on_mode(self: Dashboard):
     "Another way to look."
@@ -1184,7 +1189,7 @@ def on_mode(self: Dashboard):
     self.at.description = "opacity" if self.mode.value == "overlay" else "swipe"
     self.view.html = view_html(self.state, self.mode.value)
 
-# %% ../nbs/51_app.ipynb #9ebabe48
+# %% ../nbs/51_app.ipynb #0a77f0d0
 @patch
 def on_point(
     self: Dashboard,
@@ -1204,7 +1209,7 @@ def on_point(
         self.state.span = tuple(map(float, where))
         self.relist()
 
-
+# %% ../nbs/51_app.ipynb #b31c6a2f
 @patch
 def on_message(
     self: Dashboard,
@@ -1277,7 +1282,7 @@ def dashboard_from_file(
     "The dashboard that a parameter file asks for."
     return Dashboard(**json.loads(Path(path or os.environ[PARAMETERS]).read_text(encoding="utf-8")))
 
-
+# %% ../nbs/51_app.ipynb #1b135a28
 def write_site(
     folder: Path,  # where to
     parameters: dict,  # arguments of `Dashboard`, as JSON can hold them
@@ -1309,13 +1314,6 @@ def check_port(
             other.bind(("127.0.0.1", 0))
             free = other.getsockname()[1]
             raise InputError(f"port={port}: taken, or not allowed ({e.strerror}). Choose another, for example port={free}.") from e
-
-
-def _named(runs) -> dict[str, str]:
-    "A short name for each run's folder: its last part, or all of it where two are alike."
-    paths = [str(Path(r).resolve()) for r in runs]
-    last = [Path(p).name for p in paths]
-    return dict(zip(last if len(set(last)) == len(last) else paths, paths, strict=True))
 
 # %% ../nbs/51_app.ipynb #c135b6bb
 def _voila(notebook: Path, port: int) -> list[str]:
@@ -1367,7 +1365,7 @@ def served(
         finally:
             _end(process)
 
-
+# %% ../nbs/51_app.ipynb #389779e4
 def _end(process):
     "End the server, and with it the Pythons behind its pages."
     process.terminate()
@@ -1376,7 +1374,7 @@ def _end(process):
     except subprocess.TimeoutExpired:
         process.kill()
 
-# %% ../nbs/51_app.ipynb #389779e4
+# %% ../nbs/51_app.ipynb #d980c87e
 @contextlib.contextmanager
 def _sigterm_like_ctrl_c():
     "Whoever ends this process by SIGTERM ends the server with it. Signals belong to the main thread: elsewhere nothing happens."
@@ -1398,7 +1396,7 @@ def serve(
 ) -> int:
     "Serve the dashboard until Ctrl-C; returns the exit code. Raises `InputError` for a wrong run, folder or port."
     try:
-        with _sigterm_like_ctrl_c(), served(_named(runs), data, port, folder) as (process, address):
+        with _sigterm_like_ctrl_c(), served(dict(zip(run_names(runs), runs, strict=True)), data, port, folder) as (process, address):
             print(f"dashboard: {address} (Ctrl-C ends it)", flush=True)
             return process.wait()
     except KeyboardInterrupt:

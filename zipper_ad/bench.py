@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import InputError, atomic_path
@@ -151,7 +152,7 @@ def where_time_goes(
 def _machine() -> dict:
     "What the figures depend on."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cores": os.cpu_count(), "machine": platform.machine(), "load": load, "versions": versions()}
+    return {"cores": os.cpu_count(), "machine": platform.machine(), "load": load and round(load, 2), "versions": versions()}
 
 
 def _programs(detector, files, batch, images, threads):
@@ -219,7 +220,10 @@ def draw_latency(
     if known:
         for row in (r for r in rows if r["name"] in known):
             axes.plot(row["p50_ms"], known[row["name"]], "o", label=row["name"])
-        axes.set(xlabel="milliseconds a picture, median", ylabel="AUROC", xscale="log")
+        axes.set(xlabel="milliseconds a picture, median (logarithmic)", ylabel="AUROC", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     else:
         axes.barh([r["name"] for r in rows][::-1], [r["p50_ms"] for r in rows][::-1], color="#0072b2")

@@ -31,7 +31,7 @@ from zipper_ad.config import (
     parse_overrides,
     save_config,
 )
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, save_figure
 
 logger = logging.getLogger("zipper_ad")
 
@@ -144,7 +144,7 @@ def _say(error):
     "One line on the error stream, whatever a file's name holds."
     print(f"zipper_ad: {error}".replace("\r", "\\r").replace("\n", "\\n"), file=sys.stderr)
 
-
+# %% ../nbs/50_cli.ipynb #b14f36b6
 def main(
     arguments: list[str] | None = None,  # the words after `zipper_ad`; None: those of the shell
 ) -> int:
@@ -408,8 +408,7 @@ def lr_find(pairs):
     from zipper_ad.lr_find import advice, plot_search, search_lr
 
     found = search_lr(config, steps, lowest, highest, terminal=True)
-    with atomic_path(out) as temporary:
-        plot_search(found).savefig(temporary, format=out.suffix[1:], dpi=150)
+    save_figure(plot_search(found), out)
     print(f"{advice(found)}\npicture: {out}")
 
 # %% ../nbs/50_cli.ipynb #0f5b6204
@@ -483,19 +482,13 @@ def _what_data(root: str | Path) -> str:
         return f"photographs in {root.resolve().name}"
 
 
-def _masks(dataset) -> list:
-    "A mask (H,W) bool for each picture, or None where it is not known."
-    masks = (dataset.get_anomaly_mask(i) for i in range(len(dataset)))
-    return [None if m is None else m[0].numpy() > 0.5 for m in masks]
-
-
 def _report(path: Path, title: str, note: str, detector, metrics, verdicts, dataset) -> Path:
     "Write the report on one detector."
     import dataclasses
 
     from zipper_ad.report import write_report
 
-    return write_report(path, title, metrics, verdicts, dataset.labels, dataset.kinds, _masks(dataset), detector.map_scale,
+    return write_report(path, title, metrics, verdicts, dataset.labels, dataset.kinds, dataset.true_masks(), detector.map_scale,
                         dataclasses.asdict(detector.config), note)
 
 # %% ../nbs/50_cli.ipynb #4e25c093
@@ -527,14 +520,13 @@ def visualize(pairs):
     _nothing_left(pairs, ["run", "data", "out", "device"])
     detector = Detector.load(run, device)
     _, verdicts, dataset = detector.evaluate(root, n_bootstrap=0, progress=True)
-    masks, scores, maps = _masks(dataset), [v.score for v in verdicts], [v.anomaly_map for v in verdicts]
-    known = [m if m is not None or y else maps[i] < float("-inf") for i, (m, y) in enumerate(zip(masks, dataset.labels, strict=True))]
+    masks, scores, maps = dataset.true_masks(), [v.score for v in verdicts], [v.anomaly_map for v in verdicts]
     for verdict, mask, kind in zip(verdicts, masks, dataset.kinds, strict=True):
         name = f"{kind}_{verdict.path.stem}"
         _save_figure(lambda v=verdict, m=mask, k=kind: show_verdict(v, m, detector.map_scale, k), out / "pictures" / f"{name}.png")
     _save_figure(lambda: plot_scores(scores, dataset.kinds, detector.threshold), out / "scores.png")
     _save_figure(lambda: plot_roc(dataset.labels, scores, detector.threshold), out / "roc.png")
-    _save_figure(lambda: plot_pro(maps, known), out / "pro.png")
+    _save_figure(lambda: plot_pro(maps, masks), out / "pro.png")
     print(f"{len(verdicts)} pictures and the curves: {out}")
 
 
@@ -544,8 +536,7 @@ def _save_figure(draw, path: Path):
         figure = draw()
     except InputError as e:
         return logger.warning("%s: left out, %s", path.name, e)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
+    save_figure(figure, path, 100)
 
 # %% ../nbs/50_cli.ipynb #3f5364a8
 def _listed(text: str) -> list[str]:
@@ -565,7 +556,7 @@ def _several(text: str) -> list[str]:
             found.append(part)
     return found
 
-
+# %% ../nbs/50_cli.ipynb #7214625e
 @command("compare")
 def compare(pairs):
     "Judge the same pictures by several detectors, and say which is better beyond chance: runs=[RUN,RUN,…] data=DIR out=DIR"
@@ -602,9 +593,10 @@ def pod(pairs):
     detector, wanted = Detector.load(run), _listed(kinds) or None
     rows = pod_study(detector, wanted, n, seed, detector.config.data.size, scene, progress=True)
     facts = {"run": str(run), "model": detector.config.model.name, "threshold": detector.threshold.value, "seed": seed, "scene": scene}
-    said = write_study(rows, out, facts | {"versions": versions()}, by, detector.threshold.value)
+    curves = study_curves(rows, by)
+    said = write_study(rows, out, facts | {"versions": versions()}, by, detector.threshold.value, curves)
     note = f"Rendered {scene}s, {n} defects of each kind; size: {by} in {SIZES[by]}"
-    drawing = chart(lambda: plot_study(study_curves(rows, by), SIZES[by]), f"Probability of detection of each kind over size. {note}", note)
+    drawing = chart(lambda: plot_study(curves, SIZES[by]), f"Probability of detection of each kind over size. {note}", note)
     page = write_page(out / "pod.html", "Probability of detection", f"<h1>Probability of detection</h1>{drawing}<pre>{said}</pre>")
     print(said, f"probability of detection: {page}, pod.json, pod.csv, pod.png", sep="\n")
 
@@ -663,7 +655,9 @@ def _finish_predictions(rows: list[list], out: Path) -> int:
 # %% ../nbs/50_cli.ipynb #799a006f
 def _judge(run: str, device: str = "auto"):
     "The detector in a run's folder, or a `Predictor` for an exported file."
-    if Path(run).suffix in (".onnx", ".xml", ".pt", ".pt2"):
+    from zipper_ad.picture import SUFFIXES
+
+    if Path(run).suffix in SUFFIXES.values():
         from zipper_ad.predictor import Predictor
 
         return Predictor(run)
@@ -684,11 +678,10 @@ def predict(pairs):
     pictures, device = _option(pairs, "pictures", True), _option(pairs, "device", "auto")
     _nothing_left(pairs, ["run", "input", "out", "pictures", "device"])
     detector, paths, rows = _judge(run, device), find_inputs(source), []
-    threshold = getattr(detector.threshold, "value", detector.threshold)
     verdicts = tqdm(detector.predict_each(paths), total=len(paths), desc="judging", disable=len(paths) < 2)
     with logging_redirect_tqdm([logger]):
         for v, name in zip(verdicts, _names_below(paths), strict=True):
-            rows.append([v.path, v.score, v.p_value, v.is_anomalous, threshold, v.error or ""])
+            rows.append([v.path, v.score, v.p_value, v.is_anomalous, detector.threshold.value, v.error or ""])
             if v.error and len(paths) > 1:
                 logger.warning(v.error)
             elif pictures and not v.error:

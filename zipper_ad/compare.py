@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, save_figure
 from .detector import Detector
 from .interpret import COLOURS, drawn, verdict_panels
 from .metrics import auroc_interval, roc_points
@@ -71,9 +71,8 @@ def compare(
     for name, detector in detectors.items():
         metrics, verdicts, test = detector.evaluate(data, n_bootstrap, progress)
         if result is None:
-            masks = [test.get_anomaly_mask(i) for i in range(len(test))]
-            masks = [None if m is None else m[0].numpy() > 0.5 for m in masks]
-            result = Comparison(np.asarray(test.labels, bool), np.asarray(test.kinds), list(test.paths), masks, data_note=data_note)
+            labels, kinds = np.asarray(test.labels, bool), np.asarray(test.kinds)
+            result = Comparison(labels, kinds, list(test.paths), test.true_masks(), data_note=data_note)
         scores, flagged = (np.array([getattr(v, k) for v in verdicts]) for k in ("score", "is_anomalous"))
         result.judges.append(Judge(name, detector, metrics, scores, flagged))
     return result
@@ -85,7 +84,7 @@ def run_names(
     "A short name for each run, unique. Raises `InputError` where a folder is given twice."
     paths = [Path(r).resolve() for r in runs]
     if len(set(paths)) < len(paths):
-        raise InputError("compare: a run is given twice.")
+        raise InputError("a run is given twice: " + ", ".join(map(str, runs)))
     if len({p.name for p in paths}) == len(paths):
         return [p.name for p in paths]
     common = Path(os.path.commonpath([p.parent for p in paths]))
@@ -363,8 +362,7 @@ def _save_figure(draw, stem: Path):
     except InputError:
         return
     for suffix in ("png", "svg"):
-        with atomic_path(stem.with_suffix(f".{suffix}")) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=150)
+        save_figure(figure, stem.with_suffix(f".{suffix}"))
 
 
 def _body(comparison: Comparison, charts: dict[str, str]) -> str:

@@ -39,10 +39,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .core import InputError, atomic_path, import_torchvision, pick_device, show_images
-from zipper_ad.picture import (  # noqa: F401
+from zipper_ad.picture import (
     IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    MIN_SIDE,
     _folder,
     _natural,
     _open_image,
@@ -50,11 +48,9 @@ from zipper_ad.picture import (  # noqa: F401
     _resize,
     _upright,
     _visible,
-    from_pil,
     list_images,
     read_image,
     to_pixels,
-    to_uint8,
 )
 
 # %% ../nbs/02_data.ipynb #9d26a4b7
@@ -394,6 +390,13 @@ def get_anomaly_mask(
     if idx not in self._masks:
         self._masks[idx] = _fitting_mask(item, self.size)
     return torch.from_numpy(self._masks[idx])[None].float()
+
+# %% ../nbs/02_data.ipynb #925faa25
+@patch
+def true_masks(self: AnomalyDataset) -> list[np.ndarray | None]:
+    "Where each picture's part is defective, bool (S,S); None where that is not known. Raises `InputError` as `get_anomaly_mask` does."
+    masks = (self.get_anomaly_mask(i) for i in range(len(self)))
+    return [None if m is None else m[0].numpy() > 0.5 for m in masks]
 
 # %% ../nbs/02_data.ipynb #9ee45568
 def _by_content(indices, hashes, seed):

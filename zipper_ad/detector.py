@@ -28,7 +28,7 @@ from .corrupt import probe
 from .data import AnomalyDataset, fingerprint
 from .models.base import read_weights
 from .models.head import Restorer
-from .picture import Judge, Verdict, as_pixels, find_inputs  # noqa: F401
+from .picture import Judge, Verdict, as_pixels
 from .pose import Upright, turn, turn_back
 from zipper_ad.score import (
     ERROR_KINDS,
@@ -250,15 +250,14 @@ def evaluate(
     dataset = AnomalyDataset(data_root, "test", size=d.size, channels=d.channels, cache=d.cache)
     from zipper_ad.metrics import evaluate_scores  # scikit-learn takes a second to import, and only this needs it
 
-    masks = [dataset.get_anomaly_mask(i) for i in range(len(dataset))]  # before the long work, so that a bad mask is told at once
+    masks = dataset.true_masks()  # before the long work, so that a bad mask is told at once
     verdicts = []
     for indices in tqdm(torch.arange(len(dataset)).split(8), desc="judging", disable=not progress):
         indices = indices.tolist()
         verdicts += self._verdicts(dataset.batch(indices), [dataset.paths[i] for i in indices])
     metrics = evaluate_scores(
         [v.score for v in verdicts], dataset.labels, dataset.kinds, self.threshold, np.stack([v.anomaly_map for v in verdicts]),
-        [None if m is None else m[0].numpy() > 0.5 for m in masks], self.pixel_threshold, n_bootstrap, self.config.seed,
-        self.calibration_scores,
+        masks, self.pixel_threshold, n_bootstrap, self.config.seed, self.calibration_scores,
     )
     metrics |= {"speed": self.measure_speed(dataset.paths), "data_fingerprint": fingerprint(dataset.items)}
     model = self.config.model

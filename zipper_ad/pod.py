@@ -24,7 +24,7 @@ from scipy.spatial.distance import pdist
 from tqdm.auto import tqdm
 
 from .config import nearest_name
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, save_figure
 from .synth import _seeds, find_scene
 
 # %% ../nbs/35_pod.ipynb #65618f15
@@ -647,9 +647,10 @@ def study_facts(
     rows: list[dict],  # as from `pod_study`
     by: str = "extent",  # measure of size, one of `SIZES`
     threshold: float | None = None,  # of the detector; None: no curves from scores
+    curves: dict[str, POD] | None = None,  # from `study_curves`, where they are known already
 ) -> dict:
     "All of a study ready for JSON: false calls; for each kind the curve of hits, also by the handbook, of hits in place, and of scores."
-    blocks = {"curves": study_curves(rows, by), "curves_by_maximum_likelihood": study_curves(rows, by, firth=None)}
+    blocks = {"curves": curves or study_curves(rows, by), "curves_by_maximum_likelihood": study_curves(rows, by, firth=None)}
     if all(r["located"] is not None for r in rows if r["kind"] != "good"):
         blocks["curves_located"] = study_curves(rows, by, hit="located")
     if threshold is not None:
@@ -664,13 +665,13 @@ def write_study(
     facts: dict | None = None,  # what else goes into pod.json first: run, seed, versions
     by: str = "extent",  # measure of size, one of `SIZES`
     threshold: float | None = None,  # of the detector; None: no curves from scores
+    curves: dict[str, POD] | None = None,  # from `study_curves`, where they are known already
 ) -> str:
     "Write pod.csv, pod.json and pod.png to a folder; returns what `describe_study` says of them."
-    out, curves = Path(out), study_curves(rows, by)
-    about = (facts or {}) | study_facts(rows, by, threshold)
+    out, curves = Path(out), curves or study_curves(rows, by)
+    about = (facts or {}) | study_facts(rows, by, threshold, curves)
     write_rows(rows, out / "pod.csv")
     with atomic_path(out / "pod.json") as temporary:
         temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with atomic_path(out / "pod.png") as temporary:
-        plot_study(curves, SIZES[by]).savefig(temporary, format="png", dpi=110)
+    save_figure(plot_study(curves, SIZES[by]), out / "pod.png", 110)
     return describe_study(rows, curves, SIZES[by])

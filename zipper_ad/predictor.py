@@ -14,6 +14,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from fastcore.basics import patch
@@ -210,7 +211,7 @@ class Predictor(Judge):
             raise InputError(f"{file}: not an exported detector; those end with {', '.join(_loaders)}.")
         check_files(self.file)
         self.facts, self.run = _loaders[self.file.suffix](self.file, threads, provider)
-        self.threshold, self.pixel_threshold = self.facts["threshold"]["value"], self.facts["pixel_threshold"]
+        self.threshold, self.pixel_threshold = SimpleNamespace(**self.facts["threshold"]), self.facts["pixel_threshold"]
         self.map_scale, self.size = tuple(self.facts["map_scale"]), self.facts["size"]
 
     def prepare(self, thing):
