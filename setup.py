@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=[name, f"{name}.*"]),
     package_data={name: ["conf/*.yaml", "conf/**/*.yaml", "templates/*"]},
     install_requires=s["requirements"].split(),
-    extras_require={k: s[f"{k}_requirements"].split() for k in ("lab", "export", "app", "dev")},
+    extras_require={k: s[f"{k}_requirements"].split() for k in ("lab", "export", "app", "serve", "scale", "dev")},
     entry_points={"console_scripts": s["console_scripts"].split(), "nbdev": [f"{name}={name}._modidx:d"]},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Image Recognition"],
 )

@@ -77,7 +77,7 @@ def test_installed_package_is_what_settings_say():
     assert installed["Requires-Python"] == f">={SETTINGS['min_python']}", message
     assert installed["Summary"] == SETTINGS["description"], message
     found = [Requirement(r) for r in importlib.metadata.requires("zipper_ad")]
-    for extra, name in [(None, "requirements"), *((k, f"{k}_requirements") for k in ("lab", "export", "app", "dev"))]:
+    for extra, name in [(None, "requirements"), *((k, f"{k}_requirements") for k in ("lab", "export", "app", "serve", "scale", "dev"))]:
         of_extra = [r for r in found if (r.marker.evaluate({"extra": extra}) if r.marker and extra else r.marker is extra)]
         assert {str(Requirement(str(r).split(";")[0])) for r in of_extra} == requirements(name), f"{name}: {message}"
     entries = importlib.metadata.distribution("zipper_ad").entry_points.select(group="console_scripts")
@@ -108,7 +108,7 @@ def test_every_direct_requirement_is_pinned(python):
             assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
             assert len(pin.specifier) == 1 and next(iter(pin.specifier)).operator == "==", f"{pin} is not a pin"
             pins[pin.name] = next(iter(pin.specifier)).version
-    every = ["requirements", *(f"{k}_requirements" for k in ("lab", "export", "app", "dev"))]
+    every = ["requirements", *(f"{k}_requirements" for k in ("lab", "export", "app", "serve", "scale", "dev"))]
     for wanted in map(Requirement, requirements(*every)):
         assert wanted.name in pins, f"{wanted.name} has no pin for Python {python}. Run tools/pins.py (CONTRIBUTING.md)."
         assert pins[wanted.name] in wanted.specifier, f"{wanted} is not met by the pin {pins[wanted.name]}"
@@ -314,7 +314,8 @@ for name in {names}:
 
 
 def test_third_party_imports_are_required():
-    required = {Requirement(r).name.lower() for r in requirements("requirements", "app_requirements")}
+    extras = ("app_requirements", "serve_requirements", "scale_requirements")
+    required = {Requirement(r).name.lower() for r in requirements("requirements", *extras)}
     required |= {"omegaconf", "fasttransform"}  # what hydra-core and fastai are built on
     owners = importlib.metadata.packages_distributions()
     for module, tree in TREES.items():
