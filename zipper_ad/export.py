@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'PASSING', 'PRECISIONS', 'grey', 'resize_matrix', 'resize_rows', 'Preprocess', 'fold_norms', 'Banded',
-           'ssim_error', 'Calibration', 'DetectorGraph', 'describe_export', 'record_graph', 'to_onnx', 'layers_of',
-           'fake_round', 'sensitivity', 'rank_agreement', 'quantize_onnx', 'search_layers', 'quantize_openvino',
-           'export_path', 'export_detector']
+           'Calibration', 'DetectorGraph', 'describe_export', 'record_graph', 'to_onnx', 'layers_of', 'fake_round',
+           'sensitivity', 'rank_agreement', 'quantize_onnx', 'search_layers', 'quantize_openvino', 'export_path',
+           'export_detector']
 
 # %% ../nbs/44_export.ipynb #e580813f
 import ast
@@ -32,7 +32,7 @@ from . import __version__
 from .core import InputError, atomic_path
 from .corrupt import probe
 from .detector import Detector, witnesses
-from .losses import _gaussian_band
+from .losses import _gaussian_band, ssim_error
 from .picture import EXPORT_FORMAT, OUTPUTS, SIDES, SUFFIXES, need
 from .score import _gaussian_matrix, error_map, fuse, pool
 
@@ -126,19 +126,6 @@ class Banded(nn.Module):
         parts = [(getattr(self, f"part{i}"), low, high) for i, (low, high) in enumerate(self.used)]
         x = torch.cat([part @ x[..., low:high, :] for part, low, high in parts], -2)
         return torch.cat([x[..., low:high] @ part.T for part, low, high in parts], -1)
-
-# %% ../nbs/44_export.ipynb #0d452ea1
-def ssim_error(
-    x: torch.Tensor,  # (B,C,S,S) in [0,1]
-    y: torch.Tensor,  # (B,C,S,S) in [0,1]
-    window: Banded,  # of the Gaussian window
-) -> torch.Tensor:
-    "What `error_map` calls ssim, with the means taken together: (B,1,S,S). Wang et al. 2004, eq. 13."
-    c1, c2 = 0.01**2, 0.03**2
-    mx, my, xx, yy, xy = window(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
-    vx, vy, cov = xx - mx * mx, yy - my * my, xy - mx * my
-    ssim = ((2 * mx * my + c1) * (2 * cov + c2)) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return (1 - ssim.mean(1, keepdim=True)) / 2
 
 # %% ../nbs/44_export.ipynb #5ce4711f
 class Calibration(nn.Module):

@@ -17,13 +17,13 @@ import torch
 from fastcore.basics import patch
 
 from .core import InputError
-from .losses import msgms_map, ssim_map
+from .losses import msgms_map, ssim_error
 
 # %% ../nbs/30_score.ipynb #a82ed967
 _error_measures = {
     "l1": lambda x, x_hat: (x - x_hat).abs().mean(1, keepdim=True),
     "l2": lambda x, x_hat: (x - x_hat).square().mean(1, keepdim=True),
-    "ssim": lambda x, x_hat: (1 - ssim_map(x, x_hat)) / 2,
+    "ssim": ssim_error,
     "msgms": lambda x, x_hat: 1 - msgms_map(x, x_hat),
 }
 ERROR_KINDS = tuple(_error_measures)
