@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from zipper_ad import callbacks
-from zipper_ad.config import HEADS, make_config
+from zipper_ad.config import HEADS, MODEL_CONFIGS, make_config
 from zipper_ad.core import InputError, import_torchvision
 from zipper_ad.corrupt import KINDS, Corruption, Damaged
 from zipper_ad.data import AnomalyDataset
@@ -310,7 +310,7 @@ def test_training_on_a_gpu(precision, quick, tmp_path):
 
 
 # ---------------------------------------------------------------- the contract of autoencoders and heads
-FAMILIES = pytest.mark.parametrize("family", sorted(MODELS))
+FAMILIES = pytest.mark.parametrize("family", sorted(MODEL_CONFIGS))
 ALL_HEADS = pytest.mark.parametrize("head", HEADS)
 CHANNELS = pytest.mark.parametrize("channels", [1, 3])
 
@@ -416,7 +416,7 @@ def test_the_autoencoder_alone(family, head, channels, tmp_path):
 
 
 @FAMILIES
-@pytest.mark.parametrize("preset", ["quick", "spec"])
+@pytest.mark.parametrize("preset", ["quick", "realtime", "spec"])
 def test_presets(family, preset):
     "The presets as they are: built, and run on one small picture."
     config = make_config([f"model={family}", f"preset={preset}"])

@@ -195,7 +195,7 @@ class Config:
     "All settings of a run."
 
     seed: int = 0  # of the split, the weights, the damage and everything else left to chance
-    preset: str = "quick"  # quick or spec: which set of changes was applied
+    preset: str = "quick"  # quick, realtime or spec: which set of changes was applied
     data: DataConfig = field(default_factory=DataConfig)
     model: Any = field(default_factory=CNNConfig)  # one of `MODEL_CONFIGS`
     damage: DamageConfig = field(default_factory=DamageConfig)
