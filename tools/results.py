@@ -120,7 +120,7 @@ def measure(run: Path, data: Path) -> dict:
     detector, normal, calibration = refitted(run)
     kinds = detector.map_kinds
     metrics, _, test = detector.evaluate(data)
-    masks = test.true_masks()
+    masks = test.native_masks()
 
     def surprises(dataset, indices):
         parts = [[loc(m) for loc, m in zip(detector.locations.values(), detector.raw_maps(dataset.batch(i))[1:], strict=True)]
@@ -173,7 +173,7 @@ def ensemble(runs: list[Path], data: Path) -> dict:
         return torch.cat([torch.stack([d.maps_and_scores(dataset.batch(i))[0] for d in detectors]).mean(0) for i in batches(indices)])
 
     maps, threshold = judged(test, range(len(test))), threshold_of(pool(judged(normal, calibration)), c.score.target_fpr)
-    return evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), test.true_masks(), threshold.value, 1000)
+    return evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), test.native_masks(), threshold.value, 1000)
 
 
 def threshold_of(scores, rate):
