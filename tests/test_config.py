@@ -21,6 +21,7 @@ from zipper_ad.config import (
     MODEL_CONFIGS,
     PRESETS,
     change_config,
+    check_config,
     compare_configs,
     compose,
     config_from_dict,
@@ -44,13 +45,29 @@ NAMES = [
 
 
 # ---------------------------------------------------------------- groups
-@pytest.mark.parametrize("group, model", [("experiment", "cnn")] + [(g, m) for g in ("data", "train", "score") for m in MODEL_CONFIGS])
+@pytest.mark.parametrize("group, model", [(g, m) for g in ("data", "train", "score") for m in MODEL_CONFIGS])  # experiments: see below
 def test_every_option_composes(group, model):
     assert set(GROUPS) == {"model", "preset", "data", "train", "score", "experiment", "launch"}
     for option in group_options(group):
         config = make_config([f"model={model}", f"{group}={option}"])
         assert config.model.name == model
         assert option == "default" or compare_configs(make_config([f"model={model}"]), config), f"{group}={option} changes nothing"
+
+
+@pytest.fixture(scope="module")
+def default_config():
+    return make_config(["model=cnn"])
+
+
+@pytest.mark.parametrize("experiment", group_options("experiment"))
+def test_experiments_change_exactly_what_they_name(experiment, default_config):
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    asked = {}
+    for group, settings in yaml.safe_load(text).items():
+        asked |= {f"{group}.{name}": value for name, value in settings.items()}
+    config = check_config(make_config(["model=cnn", f"experiment={experiment}"]))
+    assert {name: new for name, (_, new) in compare_configs(default_config, config).items()} == asked
+    assert text.startswith("# @package _global_\n# ") and text.count("#") == 2  # said in one line
 
 
 @pytest.mark.parametrize("family, preset", PRESETS)

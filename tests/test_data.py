@@ -343,6 +343,31 @@ def test_mask_with_values_0_and_1_and_tiny_defect(mvtec):
     assert found[0, 3, 4] == 1 and found.sum() <= 4
 
 
+def test_native_masks(mvtec):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[7, 9], mask[8, 9] = 255, 100  # a soft border
+    save(mvtec / "ground_truth/scratch/001_mask.png", mask)
+    ds = AnomalyDataset(mvtec, "test", size=16)
+    masks = ds.native_masks()
+    assert len(masks) == len(ds) and masks[3].dtype == bool and np.argwhere(masks[3]).tolist() == [[7, 9]]
+    assert masks[0].shape == (32, 32) and not masks[0].any()  # a good part needs no file
+    save(mvtec / "ground_truth/scratch/001_mask.png", mask // 100)  # 1 and 2
+    assert np.argwhere(ds.native_masks()[3]).tolist() == [[7, 9], [8, 9]]
+    (mvtec / "ground_truth/scratch/001_mask.png").unlink()
+    assert AnomalyDataset(mvtec, "test").native_masks()[3] is None
+    save(mvtec / "ground_truth/scratch/001_mask.png", np.zeros((32, 64), np.uint8))
+    with pytest.raises(InputError, match=r"001_mask\.png: 64×32 pixels, but its image has 32×32"):
+        ds.native_masks()
+
+
+def test_packed_masks_of_any_size():
+    rng = np.random.default_rng(0)
+    masks = [rng.random(shape) < 0.3 for shape in ((1, 1), (7, 3), (1, 64), (33, 65))]
+    packed = data.PackedMasks(masks)
+    assert all((a == b).all() and a.shape == b.shape for a, b in zip(packed, masks, strict=True))
+    assert sum(bits.nbytes for _, bits in packed.kept if bits is not None) < sum(mask.size for mask in masks) / 8 + len(masks)
+
+
 def test_cache_kinds_agree(mvtec, tmp_path):
     reference = AnomalyDataset(mvtec, size=24, cache="memory")
     for kind in ("disk", "disk", "auto", "off"):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from zipper_ad.config import make_config
 from zipper_ad.core import InputError
 from zipper_ad.detector import Detector, Verdict, choose_maps
 from zipper_ad.models.head import Restorer
+from zipper_ad.pixels import at_size
 from zipper_ad.synth import render_defect, render_zipper
 
 SMALL = ["data.size=64", "model.widths=[4,8]", "model.latent=8", "model.head_widths=[4,8]"]
@@ -508,6 +510,43 @@ def test_evaluate(trained, detector):
     same(verdicts[3], detector.predict(dataset.paths[3]), 1e-4)
     assert metrics["data_fingerprint"] != metrics["training_fingerprint"] == detector.data_fingerprint
     json.dumps(metrics, allow_nan=False)
+
+
+def test_pixel_figures_are_measured_at_the_size_of_the_masks(trained, detector, tmp_path):
+    "Pictures and masks enlarged without any change of content and of another aspect: figures of the same maps at that size."
+    root = shutil.copytree(trained.data / "test", tmp_path / "root/test").parent
+    shutil.copytree(trained.data / "ground_truth", root / "ground_truth")
+    files = sorted(root.glob("test/rough/*")) + sorted(root.glob("ground_truth/rough/*"))
+    for file in files:
+        image = Image.open(file)
+        image.resize((image.width * 2, image.height * 3), Image.NEAREST).save(file)
+    metrics, verdicts, dataset = detector.evaluate(root, n_bootstrap=10)
+    pixel, masks = metrics["pixel"], dataset.native_masks()
+    assert pixel["resolution"] == "native masks" and {m.shape for m in masks} == {(64, 64), (192, 128)}
+    truth = np.concatenate([m.ravel() for m in masks])
+    values = np.concatenate([at_size(v.anomaly_map, m.shape).ravel() for v, m in zip(verdicts, masks, strict=True)])
+    assert abs(pixel["auroc"] - roc_auc_score(truth, values)) <= pixel["bound"]["auroc"] + 1e-12
+    tp, union = (truth & (values > detector.pixel_threshold)).sum(), (truth | (values > detector.pixel_threshold)).sum()
+    assert pixel["iou"] == pytest.approx(tp / union)
+
+
+def test_evaluate_with_broken_weights_is_one_line(trained):
+    broken = Detector.load(trained.run)
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="8 of 8 scores are not finite. Is the model broken"):
+        broken.evaluate(trained.data, n_bootstrap=0)
+
+
+def test_evaluate_with_an_empty_mask_or_none(trained, detector, tmp_path):
+    root = shutil.copytree(trained.data / "test", tmp_path / "root/test").parent
+    bare = detector.evaluate(root, n_bootstrap=0)[0]
+    assert bare["pixel"]["auroc"] is None and bare["pixel"]["notes"] and bare["n"]["with_mask"] == 0
+    shutil.copytree(trained.data / "ground_truth", root / "ground_truth")
+    Image.new("L", (64, 64), 0).save(sorted((root / "ground_truth/rough").iterdir())[0])
+    metrics = detector.evaluate(root, n_bootstrap=0)[0]
+    assert metrics["n"]["with_mask"] == 13 and "1 defective images have an empty mask" in metrics["pixel"]["notes"][-1]
+    assert bare["image"] == metrics["image"]
 
 
 def test_evaluate_uses_no_label_for_its_decisions(trained, detector, tmp_path):

@@ -10,6 +10,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zipper_ad import metrics as m
 from zipper_ad.core import InputError
+from zipper_ad.data import PackedMasks
+from zipper_ad.pixels import at_size
 from zipper_ad.score import conformal_threshold
 
 
@@ -164,3 +166,64 @@ def test_lengths_must_agree(scored, n_kinds, n_maps, n_masks):
     scores, labels, kinds, threshold, maps, masks = scored
     with pytest.raises(InputError, match="there must be one"):
         m.evaluate_scores(scores, labels, kinds[:n_kinds], threshold, maps[:n_maps], masks[:n_masks], n_bootstrap=5)
+
+
+# ---------------------------------------------------------------- masks of any size
+def test_maps_are_enlarged_to_masks_of_one_size_exactly(scored):
+    scores, labels, kinds, threshold, maps, masks = scored
+    large = np.kron(masks, np.ones((1, 3, 2), bool))
+    found = m.evaluate_scores(scores, labels, kinds, threshold, list(maps), large, 0.5, n_bootstrap=20)["pixel"]
+    upsampled = [at_size(a, (72, 48)) for a in maps]
+    assert found.pop("bound") == {} and found == m.pixel_metrics(upsampled, large, 0.5, n_bootstrap=20)
+
+
+def test_many_pixels_are_counted_with_a_bound(scored, monkeypatch):
+    scores, labels, kinds, threshold, maps, masks = scored
+    packed = PackedMasks(np.kron(masks, np.ones((1, 2, 2), bool)))
+    measure = lambda masks: m.evaluate_scores(scores, labels, kinds, threshold, maps, masks, 0.5, n_bootstrap=50)  # noqa: E731
+    exact = measure(packed)
+    monkeypatch.setattr(m, "EXACT_PIXELS", masks.size * 4 - 1)
+    counted = measure(packed)
+    assert exact["pixel"]["bound"] == {} and set(counted["pixel"]["bound"]) == {"auroc", "auprc", "aupro", "aupro_05", "aupimo"}
+    assert set(counted["pixel"]) == set(exact["pixel"]) and set(counted["pixel"]["ci"]) == set(exact["pixel"]["ci"])
+    for name, bound in counted["pixel"]["bound"].items():
+        assert abs(counted["pixel"][name] - exact["pixel"][name]) <= bound + 1e-12
+    for name in ("iou", "dice", "iou_per_region"):
+        assert counted["pixel"][name] == pytest.approx(exact["pixel"][name])
+    assert {k: v for k, v in counted.items() if k != "pixel"} == {k: v for k, v in exact.items() if k != "pixel"}
+    broken = maps.copy()
+    broken[7, 0, 0] = np.nan
+    with pytest.raises(InputError, match="image 7"):
+        m.evaluate_scores(scores, labels, kinds, threshold, broken, packed, 0.5)
+
+
+def test_masks_of_several_sizes_and_aspects(scored):
+    scores, labels, kinds, threshold, maps, masks = scored
+    sizes = [(1, 1), (2, 2), (3, 1)]
+    mixed = [np.kron(mask, np.ones(sizes[i % 3], bool)) for i, mask in enumerate(masks)]
+    report = m.evaluate_scores(scores, labels, kinds, threshold, maps, mixed, 0.5, n_bootstrap=20)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report and report["n"]["with_mask"] == 6
+    enlarged = [at_size(a, mask.shape) for a, mask in zip(maps, mixed, strict=True)]
+    truth, values = (np.concatenate([v.ravel() for v in images]) for images in (mixed, enlarged))
+    pixel = report["pixel"]
+    assert abs(pixel["auroc"] - roc_auc_score(truth, values)) <= pixel["bound"]["auroc"] + 1e-12
+
+
+def test_empty_masks_of_defective_images_are_left_out(scored):
+    scores, labels, kinds, threshold, maps, masks = scored
+    empty, missing = list(masks), list(masks)
+    empty[1], missing[1] = np.zeros((24, 24), np.uint8), None
+    found, expected = (m.evaluate_scores(scores, labels, kinds, threshold, maps, v, 0.5, n_bootstrap=20) for v in (empty, missing))
+    note = "1 defective images have an empty mask and are left out of pixel metrics"
+    assert found["pixel"].pop("notes") == [*expected["pixel"].pop("notes"), note]
+    assert found == expected and found["n"]["with_mask"] == 5
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_of_images_with_maps(scored, label):
+    scores, labels, kinds, threshold, maps, masks = (v[scored[1] == label] if isinstance(v, np.ndarray) else v for v in scored)
+    report = m.evaluate_scores(scores, labels, kinds, threshold, maps, masks, 0.5, n_bootstrap=20)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["image"]["auroc"] is report["pixel"]["aupimo"] is None and report["image"]["notes"] and report["pixel"]["notes"]
+    assert (report["pixel"]["auroc"] is None) == (label == 0)
+    assert (report["threshold"]["observed_fpr"] is None) == (label == 1) == (report["image"]["recall"] is not None)

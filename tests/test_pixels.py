@@ -311,10 +311,11 @@ def test_broken_maps_name_the_image_and_lose_nothing(bad):
     before = metrics.compute(10)
     broken = maps.copy()
     broken[3, 5, 5] = bad
-    calls = (metrics.update, p.aupimo, lambda a, b: p.iou_per_region(a, b, 0.7), lambda a, b: p.region_table(a, b, 0.7))
-    for measure in calls:
+    for measure in (p.aupimo, lambda a, b: p.iou_per_region(a, b, 0.7), lambda a, b: p.region_table(a, b, 0.7)):
         with pytest.raises(InputError, match="image 3: the anomaly map"):
             measure(broken, masks)
+    with pytest.raises(InputError, match=f"image {len(maps) + 3}: the anomaly map"):  # counted from the first that was given
+        metrics.update(broken, masks)
     assert metrics.compute(10) == before
 
 

@@ -3,8 +3,9 @@
     python tools/bench_metrics.py [OUT.json] [sizes=256,1024] [images=150]
 
 Half of the images have faults. Values are noise with a bump at the faults, every one of them another number: the hardest case for sorting.
-`cpu_s` is processor time, which other programs do not lengthen; `peak_gb` the largest resident memory, `inputs_gb` that before measuring.
-What needs more memory than is free is left out, and says so.
+`cpu_s` is processor time, which other programs lengthen little; `peak_gb` the largest resident memory, `inputs_gb` that before measuring.
+What needs more memory than is free is left out, and says so. Rows that OUT.json has already are kept, so it can be stopped and resumed;
+those that a later run added say on which machine, and how busy that was.
 """
 
 import json
@@ -101,12 +102,19 @@ def main():
     import numpy
     import torch
 
+    machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "threads": 1,
+               "python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__}
     facts = {"command": "python tools/bench_metrics.py results/pixel-metrics.json",
-             "data": f"{n} images, half with faults; random numbers, not photographs",
-             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "threads": 1,
-                         "python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__}, "rows": rows}
+             "data": f"{n} images, half with faults; random numbers, not photographs", "machine": machine, "rows": rows}
+    later = bool(out) and Path(out).exists()
+    if later:
+        facts = json.loads(Path(out).read_text())
+        rows = facts["rows"] = [row for row in facts["rows"] if "left_out" not in row]
+    done_before = {(row["metric"], row["images"], row["size"]) for row in rows}
     for size in map(int, options.get("sizes", "256,1024").split(",")):
         for name in NAMES:
+            if (name, n, size) in done_before:
+                continue
             needed = n * size**2 * (BYTES_A_PIXEL if "exact" in name else 8)
             if needed > free_bytes():
                 rows.append({"metric": name, "images": n, "size": size, "left_out": f"needs about {needed / 2**30:.0f} GB of memory"})
@@ -114,6 +122,8 @@ def main():
                 command = [sys.executable, __file__, f"one={name}", f"size={size}", f"images={n}"]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
                 rows.append(json.loads(done.stdout))
+                if later:
+                    rows[-1]["added_later"] = {"machine": machine, "load_average": round(os.getloadavg()[0], 1)}
             row = rows[-1]
             print(f"{size:5} {name:34} " + (row.get("left_out") or f"{row['cpu_s']:7.2f} s   {row['peak_gb']:6.2f} GB"), flush=True)
             if out:

@@ -13,6 +13,13 @@ held-out normals; they train nothing. `measure` does the same for any run.
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
 pictures; `damage` leaves one kind of damage out at a time; `precision` trains the same in fp32 and in bf16.
+
+`ablation-NAME-zippers-seedS` changes what `experiment=NAME` says and nothing else. Its baseline is `precision-cnn-fp32-zippers-seedS`, a
+CNN at 128 x 128 pixels trained for 60 epochs; the groups `damage` and `head` have those without a kind of damage or without the damage
+map. Experiments that change only how maps become a score train nothing: they score the baseline's run again, after calibrating it anew,
+which takes seconds (and the baseline's training first, where that run is missing). `ablation-default-…` scores it again as it is. A row
+that changes the training takes as long as the baseline. `size_128` has no row: it is the baseline. Rows hold the score of each picture,
+for paired intervals.
 """
 
 import fnmatch
@@ -27,6 +34,8 @@ from zipper_ad.corrupt import ALIGNED
 
 FAMILIES = ("cnn", "resnet", "vit", "diffusion")
 SMALL = ["data.size=128", "train.epochs=60"]  # a quarter of the pixels: to compare settings, not to report what can be reached
+RESCORED = ("default", "uncalibrated", "pool_topk", "pool_mean", "no_smoothing", "smoothing_8")
+RETRAINED = ("only_mse", "only_l1", "only_ssim", "only_msgms", "no_skip", "latent_32", "latent_512", "size_64")
 ALONE = {"reconstruction": "l2+ssim+msgms"} | {k: k for k in ("damage", "l2", "ssim", "msgms")}
 
 
@@ -51,7 +60,12 @@ def rows() -> dict[str, dict]:
         table[f"damage-without-{kind}-zippers"] = ("zippers", ["model=cnn", f"damage.kinds={others}", *SMALL])
     table |= {f"precision-cnn-{p}-zippers-seed{s}": ("zippers", ["model=cnn", f"seed={s}", f"train.precision={p}", *SMALL])
               for s in (0, 1, 2) for p in ("fp32", "bf16")}
+    for s in (0, 1, 2):
+        table |= {f"ablation-{e}-zippers-seed{s}": ("zippers", ["model=cnn", f"seed={s}", "train.precision=fp32", f"experiment={e}",
+                                                                *(SMALL[1:] if e.startswith("size_") else SMALL)]) for e in RETRAINED}
     ready = {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
+    ready |= {f"ablation-{e}-zippers-seed{s}": {"data": "zippers", "experiment": e, "rescores": f"precision-cnn-fp32-zippers-seed{s}"}
+              for s in (0, 1, 2) for e in RESCORED}
     for d in ("photographs", "zippers"):
         ready[f"ensemble-{d}-seed0"] = {"data": d, "settings": [], "members": [f"main-{f}-{d}-seed0" for f in FAMILIES[:3]]}
     return ready
@@ -85,14 +99,18 @@ def fewer(root: Path, n: int, runs: Path) -> Path:
     return part
 
 
-def refitted(run: Path):
-    "The detector of a run, calibrated anew by the present code; its normal pictures, and which of them set the threshold."
+def refitted(run: Path, experiment: str = "default"):
+    "The detector of a run, calibrated anew, scoring as an experiment says; its normal pictures, and which of them set the threshold."
+    from zipper_ad.config import change_config, compare_configs, make_config
     from zipper_ad.data import AnomalyDataset
     from zipper_ad.detector import Detector
     from zipper_ad.learner import reference_indices, split_three
 
     detector = Detector.load(run)
-    c = detector.config
+    changes = compare_configs(make_config([]), make_config([f"experiment={experiment}"]))
+    if wrong := [name for name in changes if not name.startswith("score.")]:
+        raise SystemExit(f"experiment={experiment} changes {', '.join(wrong)}: that needs a training of its own")
+    c = change_config(detector.config, [f"{name}={value}" for name, (_, value) in changes.items()])
     normal = AnomalyDataset(c.data.root, "train", size=c.data.size, channels=c.data.channels)
     split = split_three(normal, c.data.held_out, c.seed)
     reference = normal.batch(reference_indices(split))
@@ -107,8 +125,19 @@ def batches(indices):
     return np.array_split(indices, -(-len(indices) // 16))
 
 
+def scores_of(verdicts: list, data: Path) -> dict[str, float]:
+    "The score of each test picture, for paired comparisons."
+    return {v.path.relative_to(data / "test").as_posix(): float(f"{v.score:.7g}") for v in verdicts}
+
+
+def rescore(run: Path, data: Path, experiment: str) -> dict:
+    "Figures of a trained run that scores as an experiment says; nothing is trained."
+    metrics, verdicts, _ = refitted(run, experiment)[0].evaluate(data)
+    return metrics | {"scores": scores_of(verdicts, data)}
+
+
 def measure(run: Path, data: Path) -> dict:
-    "Figures of a trained run: as `evaluate` gives them, and for each map alone."
+    "Figures of a trained run: as `evaluate` gives them, for each map alone, and the score of each picture."
     import numpy as np
     import torch
     from sklearn.metrics import roc_auc_score
@@ -119,8 +148,8 @@ def measure(run: Path, data: Path) -> dict:
 
     detector, normal, calibration = refitted(run)
     kinds = detector.map_kinds
-    metrics, _, test = detector.evaluate(data)
-    masks = test.true_masks()
+    metrics, verdicts, test = detector.evaluate(data)
+    masks = test.native_masks()
 
     def surprises(dataset, indices):
         parts = [[loc(m) for loc, m in zip(detector.locations.values(), detector.raw_maps(dataset.batch(i))[1:], strict=True)]
@@ -153,7 +182,7 @@ def measure(run: Path, data: Path) -> dict:
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
     for name, fused in (("mean of all", torch.stack(list(tested.values())).mean(0)), ("largest of all", fuse(list(tested.values())))):
         alone[name] = {"image_auroc": float(roc_auc_score(labels, pool(fused).numpy()))}
-    return metrics | {"maps_alone": alone}
+    return metrics | {"maps_alone": alone, "scores": scores_of(verdicts, data)}
 
 
 def ensemble(runs: list[Path], data: Path) -> dict:
@@ -173,7 +202,7 @@ def ensemble(runs: list[Path], data: Path) -> dict:
         return torch.cat([torch.stack([d.maps_and_scores(dataset.batch(i))[0] for d in detectors]).mean(0) for i in batches(indices)])
 
     maps, threshold = judged(test, range(len(test))), threshold_of(pool(judged(normal, calibration)), c.score.target_fpr)
-    return evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), test.true_masks(), threshold.value, 1000)
+    return evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), test.native_masks(), threshold.value, 1000)
 
 
 def threshold_of(scores, rate):
@@ -207,6 +236,10 @@ def make(name: str, row: dict, photographs: str | None, runs: Path):
     if "members" in row:
         facts = ensemble([trained(m, rows()[m], data, runs)[0] for m in row["members"]], data)
         how |= {"data": row["data"], "members": row["members"]}
+    elif "rescores" in row:
+        base = row["rescores"]
+        facts = rescore(trained(base, rows()[base], data, runs)[0], data, row["experiment"])
+        how |= {"data": row["data"], "settings": [f"experiment={row['experiment']}"], "rescores": base}
     else:
         run, settings = trained(name, row, data, runs)
         facts, epochs = measure(run, data), sum(1 for _ in (run / "history.csv").open()) - 1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MVTEC_PAGE', 'MVTEC_ZIPPER_URL', 'MVTEC_ZIPPER_SHA256', 'MVTEC_ZIPPER_SIZE', 'MVTEC_LICENCE', 'to_tensor', 'Item',
-           'find_items', 'content_hash', 'fingerprint', 'cache_folder', 'AnomalyDataset', 'split_normals', 'Augment',
-           'anomaly_dls', 'fetch_mvtec', 'DataReport', 'check_data']
+           'find_items', 'content_hash', 'fingerprint', 'cache_folder', 'AnomalyDataset', 'PackedMasks',
+           'split_normals', 'Augment', 'anomaly_dls', 'fetch_mvtec', 'DataReport', 'check_data']
 
 # %% ../nbs/02_data.ipynb #eaf3bd55
 import contextlib
@@ -350,9 +350,14 @@ def hashes(self: AnomalyDataset) -> list[str]:
     return self._hashes
 
 # %% ../nbs/02_data.ipynb #43bdad48
+def _marked(mask):
+    "A uint8 mask (H,W) as bool: over 127 where it has such values, else over 0."
+    return mask > (127 if mask.max() > 127 else 0)
+
+
 def _shrink_mask(mask, size):
     "A uint8 mask (H,W) as bool (size,size) that is never empty unless the original is."
-    mask = mask > (127 if mask.max() > 127 else 0)
+    mask = _marked(mask)
     covered = _resize(mask.astype(np.uint8) * 255, size)[0]
     return covered >= min(128, max(1, covered.max())) if mask.any() else covered > 0
 
@@ -366,13 +371,13 @@ def _upright_size(path):
         return image.size[::-1] if turned else image.size
 
 
-def _fitting_mask(item, size):
-    "The mask of an item, as bool (size,size), if it has the size of the image."
+def _fitting_mask(item):
+    "The mask of an item, uint8 as in the file, if it has the size of the image."
     mask, (width, height) = read_image(item.mask_path), _upright_size(item.path)
     if mask.shape != (height, width):
         raise InputError(f"{item.mask_path}: {mask.shape[1]}×{mask.shape[0]} pixels, but its image has {width}×{height}. "
                          "Draw the mask at the size of the image, or remove it.")
-    return _shrink_mask(mask, size)
+    return mask
 
 # %% ../nbs/02_data.ipynb #07dbbceb
 @patch
@@ -388,7 +393,7 @@ def get_anomaly_mask(
     if item.mask_path is None:
         return None
     if idx not in self._masks:
-        self._masks[idx] = _fitting_mask(item, self.size)
+        self._masks[idx] = _shrink_mask(_fitting_mask(item), self.size)
     return torch.from_numpy(self._masks[idx])[None].float()
 
 # %% ../nbs/02_data.ipynb #925faa25
@@ -397,6 +402,42 @@ def true_masks(self: AnomalyDataset) -> list[np.ndarray | None]:
     "Where each picture's part is defective, bool (S,S); None where that is not known. Raises `InputError` as `get_anomaly_mask` does."
     masks = (self.get_anomaly_mask(i) for i in range(len(self)))
     return [None if m is None else m[0].numpy() > 0.5 for m in masks]
+
+# %% ../nbs/02_data.ipynb #f2ca7014
+class PackedMasks(Sequence):
+    "Masks of any sizes, each bool (H,W) or None, in an eighth of their memory."
+
+    def __init__(
+        self,
+        masks,  # masks bool (H,W); None where not known; a size (height, width) where nothing is marked
+    ):
+        self.kept = [self._pack(m) for m in masks]
+
+    def _pack(self, mask):
+        if mask is None or isinstance(mask, tuple):
+            return mask, None
+        return mask.shape, np.packbits(mask) if mask.any() else None
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, i):
+        shape, bits = self.kept[i]
+        if shape is None:
+            return None
+        return np.zeros(shape, bool) if bits is None else np.unpackbits(bits, count=shape[0] * shape[1]).view(bool).reshape(shape)
+
+# %% ../nbs/02_data.ipynb #883c19d8
+@patch
+def native_masks(self: AnomalyDataset) -> PackedMasks:
+    """Where each picture's part is defective, bool (H,W) at the size of the picture's file; nowhere for a good part, None where not known.
+    All are read at once. Raises `InputError` as `get_anomaly_mask` does."""
+    def read(item):
+        if item.label == 0:
+            return _upright_size(item.path)[::-1]
+        return None if item.mask_path is None else _marked(_fitting_mask(item))
+
+    return PackedMasks(read(item) for item in self.items)
 
 # %% ../nbs/02_data.ipynb #9ee45568
 def _by_content(indices, hashes, seed):

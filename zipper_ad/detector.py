@@ -250,15 +250,16 @@ def evaluate(
     dataset = AnomalyDataset(data_root, "test", size=d.size, channels=d.channels, cache=d.cache)
     from zipper_ad.metrics import evaluate_scores  # scikit-learn takes a second to import, and only this needs it
 
-    masks = dataset.true_masks()  # before the long work, so that a bad mask is told at once
+    masks = dataset.native_masks()  # before the long work, so that a bad mask is told at once
     verdicts = []
     for indices in tqdm(torch.arange(len(dataset)).split(8), desc="judging", disable=not progress):
         indices = indices.tolist()
         verdicts += self._verdicts(dataset.batch(indices), [dataset.paths[i] for i in indices])
     metrics = evaluate_scores(
-        [v.score for v in verdicts], dataset.labels, dataset.kinds, self.threshold, np.stack([v.anomaly_map for v in verdicts]),
+        [v.score for v in verdicts], dataset.labels, dataset.kinds, self.threshold, [v.anomaly_map for v in verdicts],
         masks, self.pixel_threshold, n_bootstrap, self.config.seed, self.calibration_scores,
     )
+    metrics["pixel"]["resolution"] = "native masks"
     metrics |= {"speed": self.measure_speed(dataset.paths), "data_fingerprint": fingerprint(dataset.items)}
     model = self.config.model
     metrics |= {"model": model.name, "head": model.head, "map": "+".join(self.map_kinds), "seed": self.config.seed}

@@ -46,13 +46,13 @@ def _pair(i: int, anomaly_map, mask) -> tuple[np.ndarray, np.ndarray]:
     return anomaly_map, mask > 0
 
 
-def _known(maps, masks):
-    "Yields (index, map, mask) of each image whose mask is known, one at a time."
+def _known(maps, masks, first: int = 0):
+    "Yields (index, map, mask) of each image whose mask is known, one at a time; errors number them from `first` on."
     if len(maps) != len(masks):
         raise InputError(f"{len(maps)} maps and {len(masks)} masks: there must be one mask (or None) for each map.")
     for i, (anomaly_map, mask) in enumerate(zip(maps, masks, strict=True)):
         if mask is not None:
-            yield i, *_pair(i, anomaly_map, mask)
+            yield i, *_pair(first + i, anomaly_map, mask)
 
 # %% ../nbs/34_pixels.ipynb #c0b96283
 def _bin_of(scores: np.ndarray, bits: int) -> np.ndarray:
@@ -168,10 +168,10 @@ def update(
     maps,  # one map (H,W), or several: (N,H,W), (N,1,H,W), a list of maps of any sizes
     masks,  # the mask, or as many; None where it is not known (left out); another size than the map's: the map is enlarged
 ) -> PixelMetrics:
-    "Count these images. Raises `InputError`, and counts none of them, when one can't be measured."
+    "Count these images. Raises `InputError`, which numbers them over all calls, and counts none of them, when one can't be measured."
     if getattr(maps, "ndim", 0) == 2:
         maps, masks = [maps], [masks]
-    pairs = [(anomaly_map, mask) for _, anomaly_map, mask in _known(maps, masks)]
+    pairs = [(anomaly_map, mask) for _, anomaly_map, mask in _known(maps, masks, len(self.seen) + self.n_left_out)]
     self.n_left_out += len(maps) - len(pairs)
     for anomaly_map, mask in pairs:
         self.seen.append(self._count(anomaly_map, mask))
