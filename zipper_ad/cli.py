@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'dashboard', 'demo']
+           'bench', 'dashboard', 'score', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -745,6 +745,22 @@ def dashboard(pairs):
     from zipper_ad.app import serve
 
     return serve(runs, root, port)
+
+# %% ../nbs/50_cli.ipynb #f987e3e9
+@command("score")
+def score(pairs):
+    "Judge an archive of any size, and go on after a stop: run=RUN|FILE data=FOLDER|PARQUET|s3://… out=DIR [engine=local|ray workers=2 …]"
+    from zipper_ad.archive import score_archive
+
+    run, data, out = (_option(pairs, k, str) for k in ("run", "data", "out"))
+    defaults = {"engine": "auto", "workers": 0, "address": "", "shard": 1000, "again": False, "image": "", "name": "", "device": "auto",
+                "batch": 1, "regions": 20, "readers": 8, "threads": 1}  # fmt: skip
+    settings = {k: _option(pairs, k, v) for k, v in defaults.items()}
+    _nothing_left(pairs, ["run", "data", "out", *defaults])
+    n = score_archive(run, data, out, progress=True, **settings)
+    print(f"{n['pictures']} pictures, {n['anomalous']} anomalous, {n['errors']} could not be judged; "
+          f"{n['judged']} of {n['shards']} shards judged, {n['skipped']} were there: {out}")
+    return int(n["errors"] == n["pictures"])
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"
