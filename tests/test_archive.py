@@ -143,7 +143,8 @@ def test_parquet(made, pictures, scored, tmp_path, group, struct):
     column = pa.array([{"bytes": d, "path": "x"} for d in data]) if struct else data
     half = 10
     for i, (a, b) in enumerate(((0, half), (half, len(names)))):
-        pq.write_table(pa.table({"name": names[a:b], "n": list(range(a, b)), "image": column[a:b]}), tmp_path / f"{i}.parquet", row_group_size=group)
+        table = pa.table({"name": names[a:b], "n": list(range(a, b)), "image": column[a:b]})
+        pq.write_table(table, tmp_path / f"{i}.parquet", row_group_size=group)
     score_archive(made[1], tmp_path, tmp_path / "out", workers=1, shard=4)
     assert read_scores(tmp_path / "out").equals(read_scores(scored))
     assert len(shards(tmp_path / "out")) == 5  # three of the first file, two of the second
@@ -211,7 +212,7 @@ def test_a_worker_that_dies_ends_the_job_with_a_line(made, pictures, tmp_path, m
             pass
 
     monkeypatch.setattr(archive, "ProcessPoolExecutor", Dead)
-    with pytest.raises(InputError, match="a worker died.*run the same again"):
+    with pytest.raises(InputError, match="a worker died.*run it again"):
         score_archive(made[1], pictures, tmp_path, workers=2, shard=4)
 
 
@@ -279,7 +280,7 @@ def test_wrong_archives(made, pictures, tmp_path):
     pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "two.parquet")
     pq.write_table(pa.table({"a": ["x"]}), tmp_path / "mixed/text.parquet")
     pq.write_table(pa.table({"a": pa.array([], pa.binary())}), tmp_path / "rows.parquet")
-    for source, said in (("gone", "nothing there"), ("none", "no images there"), ("mixed", "one kind"), ("torn.parquet", "no whole Parquet"),
+    for source, said in (("gone", "nothing there"), ("none", "no images there"), ("mixed", "one kind"), ("torn.parquet", "no whole"),
                          ("two.parquet", "2 columns of bytes.*a, b"), ("mixed/text.parquet", "0 columns of bytes.*columns are a"),
                          ("rows.parquet", "no rows")):  # fmt: skip
         with pytest.raises(InputError, match=said):

@@ -48,7 +48,7 @@ def one_round(file, folder, job, shards):
     for workers in (1, 2):
         seconds[f"local {workers}, begin"], _ = timed(lambda w=workers: dict(run_local(job, few[:w], w)))
         seconds[f"local {workers}"], said[f"local {workers}"] = timed(lambda w=workers: dict(run_local(job, shards, w)))
-    seconds["ray, start"], _ = timed(start_ray, 2)
+    seconds["ray, start"], _ = timed(lambda: start_ray(2, attempts=6))
     for workers in (1, 2):
         seconds[f"ray {workers}, begin"], _ = timed(lambda w=workers: dict(run_ray(job, few[:w], w)))
         seconds[f"ray {workers}"], said[f"ray {workers}"] = timed(lambda w=workers: dict(run_ray(job, shards, w)))
@@ -66,12 +66,14 @@ def bits(file, folder, names):
         judge = Predictor(file, threads=threads)
         prepared = [judge.prepare(folder / n) for n in names]
         judge.judge(prepared[:bs], [None] * bs)
-        seconds, verdicts = timed(lambda j=judge, p=prepared, b=bs: [v for i in range(0, len(p), b) for v in j.judge(p[i : i + b], [None] * b)])
+        batches = [prepared[i : i + bs] for i in range(0, len(prepared), bs)]
+        seconds, verdicts = timed(lambda j=judge, b=batches: [v for x in b for v in j.judge(x, [None] * len(x))])
         scores[key] = np.array([v.score for v in verdicts]), seconds
     one = scores["one"][0]
     return {
         "pictures": len(names), "scores_changed_by_a_batch_of_16": int((scores["batch"][0] != one).sum()),
-        "largest_change": float(np.abs(scores["batch"][0] - one).max()), "scores_changed_by_2_threads": int((scores["threads"][0] != one).sum()),
+        "largest_change": float(np.abs(scores["batch"][0] - one).max()),
+        "scores_changed_by_2_threads": int((scores["threads"][0] != one).sum()),
         "seconds_single_over_batch": round(scores["one"][1] / scores["batch"][1], 3),
     }
 
@@ -95,7 +97,8 @@ def per_picture(folder, job, shards, rows, found):
         "image_bytes": round(statistics.mean((folder / n).stat().st_size for s in shards for n in s.names)),
         "result_bytes_per_image": round(len(to_parquet(rows)) / len(rows), 1), "shard_of": len(rows),
         "encode_ms_per_image": round(100 * encoding / len(rows), 4), "write_ms_per_shard": round(100 * writing / len(found), 3),
-        "listing_ms_per_name_on_a_local_disk": round(1000 * listing / len(things), 4), "name_bytes": round(statistics.mean(map(len, whole.names))),
+        "listing_ms_per_name_on_a_local_disk": round(1000 * listing / len(things), 4),
+        "name_bytes": round(statistics.mean(map(len, whole.names))),
     }
 
 
@@ -106,21 +109,23 @@ def main():
     shards = cut(job.archive, SHARD)
     rounds = [one_round(file, folder, job, shards) for _ in range(ROUNDS)]
     n, times = len(job.archive), {k: [r[0][k] for r in rounds] for k in rounds[0][0]}
-    programs = {}
+    programs, judge = {}, Predictor(file)
     for name in ("bare loop", "local 1", "local 2", "ray 1", "ray 2"):
         begin = times.get(f"{name}, begin", [0.0] * ROUNDS)
         net = [a - b for a, b in zip(times[name], begin, strict=True)]
+        workers, pairs = int(name[-1]) if name[-1].isdigit() else 1, list(zip(times["bare loop"], net, strict=True))
         programs[name] = {
             "images_per_s": round(statistics.median(n / s for s in net), 2),
-            "of_the_bare_loop": round(statistics.median(b / s for b, s in zip(times["bare loop"], net, strict=True)), 3),
-            "of_the_bare_loop_each_round": [round(b / s, 3) for b, s in zip(times["bare loop"], net, strict=True)],
-            "overhead_ms_per_image": round(statistics.median(1000 * (s * int(name[-1]) - b) / n for b, s in zip(times["bare loop"], net, strict=True)), 2)
-            if name[-1].isdigit() else 0.0, "begin_s": round(statistics.median(begin), 2),
+            "of_the_bare_loop": round(statistics.median(b / s for b, s in pairs), 3),
+            "of_the_bare_loop_each_round": [round(b / s, 3) for b, s in pairs],
+            "overhead_ms_per_image": round(statistics.median(1000 * (s * workers - b) / n for b, s in pairs), 2),
+            "begin_s": round(statistics.median(begin), 2),
         }  # fmt: skip
     facts = {
         "command": f"python tools/archive_study.py FILE PICTURES results/archive-scoring.json n={N} rounds={ROUNDS} shard={SHARD}",
-        "data": f"{n} rendered zippers of 256 x 256 pixels, PNG; shards of {SHARD}", "detector": f"{file.name}: {Predictor(file).facts['model']}, trained, "
-        f"{Predictor(file).size} x {Predictor(file).size}", "note": "On a machine that did other work at the same time: only the ratios within a round say something.",
+        "data": f"{n} rendered zippers of 256 x 256 pixels, PNG; shards of {SHARD}",
+        "detector": f"{file.name}: {judge.facts['model']}, trained, {judge.size} x {judge.size}",
+        "note": "On a machine that did other work at the same time: only the ratios within a round say something.",
         "machine": {"cores": os.cpu_count(), "load_at_the_end": round(os.getloadavg()[0], 1), "python": platform.python_version(),
                     **{m: __import__(m).__version__ for m in ("ray", "onnxruntime", "pyarrow")}},
         "rounds": ROUNDS, "programs": programs, "ray_start_s": round(statistics.median(times["ray, start"]), 1),

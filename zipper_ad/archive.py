@@ -10,7 +10,6 @@ __all__ = ['logger', 'FORMAT', 'open_store', 'Archive', 'open_archive', 'Shard',
 
 # %% ../nbs/62_archive.ipynb #a77d425c
 import contextlib
-import contextlib
 import hashlib
 import importlib
 import io
@@ -26,7 +25,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -263,7 +262,7 @@ def find_regions(
     height: int,  # pixels of the photograph
     most: int = 20,  # those with the highest peaks
 ) -> list[dict]:
-    "The marked places: left, top, right, bottom, area (in pixels of the photograph) and peak. Pixels that touch at a corner belong together."
+    "The marked places: left, top, right, bottom, area (pixels of the photograph) and peak. Pixels that touch at a corner belong together."
     if not mask.any():
         return []
     from scipy import ndimage
@@ -469,23 +468,6 @@ def _torch_threads():
             torch.set_num_threads(threads)
 
 
-def _without_names(job: Job) -> Job:
-    "The job without the archive's names: a worker gets its own with each shard."
-    return replace(job, archive=replace(job.archive, names=[], rows=[]))
-
-
-@contextlib.contextmanager
-def _torch_threads():
-    "Whatever a detector does to Torch's number of threads ends with the block."
-    torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch else 0
-    try:
-        yield
-    finally:
-        if torch:
-            torch.set_num_threads(threads)
-
-
 def run_local(
     job: Job,  # what to do
     shards: list[Shard],  # those to judge
@@ -507,7 +489,7 @@ def run_local(
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             yield from (d.result() for d in done)
     except BrokenProcessPool as e:
-        raise InputError("a worker died, perhaps for want of memory. What is finished is kept: run the same again, with fewer workers.") from e
+        raise InputError("a worker died, perhaps for want of memory. What is finished is kept: run it again, with fewer workers.") from e
     finally:
         pool.shutdown(cancel_futures=True)
 
