@@ -432,7 +432,7 @@ def check_run(
         lines += [Finding("OK", "loads"), _check_data(_read(run / "detector.json"))]
         return [*lines, _check_judging(detector, detector.config.data.size)]
     except InputError as e:
-        return [*lines, Finding("PROBLEM", _short(e))]
+        return [*lines, Finding("PROBLEM", str(e))]
 
 # %% ../nbs/63_care.ipynb #d256b597
 def doctor(
