@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'dashboard', 'demo']
+           'bench', 'dashboard', 'score', 'recalibrate', 'card', 'doctor', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -745,6 +745,55 @@ def dashboard(pairs):
     from zipper_ad.app import serve
 
     return serve(runs, root, port)
+
+# %% ../nbs/50_cli.ipynb #f987e3e9
+@command("score")
+def score(pairs):
+    "Judge an archive of any size, and go on after a stop: run=RUN|FILE data=FOLDER|PARQUET|s3://… out=DIR [engine=local|ray workers=2 …]"
+    from zipper_ad.archive import score_archive
+
+    run, data, out = (_option(pairs, k, str) for k in ("run", "data", "out"))
+    defaults = {"engine": "auto", "workers": 0, "address": "", "shard": 1000, "again": False, "image": "", "name": "", "device": "auto",
+                "batch": 1, "regions": 20, "readers": 8, "threads": 1}  # fmt: skip
+    settings = {k: _option(pairs, k, v) for k, v in defaults.items()}
+    _nothing_left(pairs, ["run", "data", "out", *defaults])
+    n = score_archive(run, data, out, progress=True, **settings)
+    print(f"{n['pictures']} pictures, {n['anomalous']} anomalous, {n['errors']} could not be judged; "
+          f"{n['judged']} of {n['shards']} shards judged, {n['skipped']} were there: {out}")
+    return int(n["errors"] == n["pictures"])
+
+# %% ../nbs/50_cli.ipynb #26bf1380
+@command("recalibrate")
+def recalibrate(pairs):
+    "Set the threshold anew on new photographs of good parts; the old detector stays: run=RUN data=DIR out=RUN2 [target_fpr=0.05]"
+    from zipper_ad.care import recalibrate, write_card
+
+    run, data, out = (_option(pairs, k, str) for k in ("run", "data", "out"))
+    rate = _option(pairs, "target_fpr", 0.0) if "target_fpr" in pairs else None
+    _nothing_left(pairs, ["run", "data", "out", "target_fpr"])
+    print(recalibrate(run, data, out, rate).describe(), f"written: {write_card(out)}", sep="\n")
+
+
+@command("card")
+def card(pairs):
+    "Write what is known of a detector to RUN/card.md: run=RUN"
+    from zipper_ad.care import write_card
+
+    run = _option(pairs, "run", str)
+    _nothing_left(pairs, ["run"])
+    print(write_card(run))
+
+
+@command("doctor")
+def doctor(pairs):
+    "Check the installation, and a detector: [run=RUN|FILE]; exit code 1 where there is a problem"
+    from zipper_ad.care import doctor
+
+    run = _option(pairs, "run", "")
+    _nothing_left(pairs, ["run"])
+    found = doctor(run or None)
+    print(*found, sep="\n")
+    return int(any(f.level == "PROBLEM" for f in found))
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"
