@@ -17,7 +17,6 @@ import math
 import os
 import signal
 import sqlite3
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -218,6 +217,15 @@ def review_share(
         return 0.0, 0.0, 0.0
     share = stats.beta(k, self.n + 1 - k)
     return float(share.mean()), *map(float, share.ppf([(1 - level) / 2, (1 + level) / 2]))
+
+
+@patch
+def promise(self: Bands) -> str:
+    "What the bands mean for good parts, in one line."
+    mean, low, high = self.review_share()
+    between = f", REVIEW up to {self.threshold:.4g}" if mean else ""
+    shares = f" and {mean:.1%} go to REVIEW ({low:.1%} to {high:.1%}, as chance held out {self.n} pictures)" if mean else ""
+    return f"PASS up to {self.review:.4g}{between}, FAIL above. Of good parts {self.fail_rate:.1%} FAIL{shares}, on average."
 
 # %% ../nbs/60_watch.ipynb #7a937441
 COLUMNS = ["id", "file", "verdict", "score", "p_value", "threshold", "review", "drift_p", "heatmap", "error", "judged", "digest"]
@@ -424,7 +432,7 @@ def detector_key(
     numbers = np.append(calibration_of(judge), judge.threshold.value)
     return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
 
-
+# %% ../nbs/60_watch.ipynb #9d1c6029
 class Watcher:
     "Judges what arrives in a folder. Holds the out folder until `close`. Raises `InputError` for folders and settings that cannot be."
 
@@ -447,9 +455,9 @@ class Watcher:
         self.ledger = Ledger(out, detector_key(judge))
         self.drift = Drift(self.ledger, calibration_of(judge), self.bands.threshold)
         self.counts = Counter(dict(self.ledger.db.execute("SELECT verdict, count(*) FROM verdicts GROUP BY verdict")))
-        self.queue, self.stopping, self.only, self.next_look, self.given_up = Queue(self.settings.backlog), False, None, 0.0, 0
-        self.troubles, self.progress, self.next_line = {}, deque(maxlen=200), 0.0
-        self._catch_up()
+        self.queue, self.troubles, self.only, self.left = Queue(self.settings.backlog), {}, None, 0
+        self.progress, self.next_look, self.next_line, self.told = deque([(time.monotonic(), 0)], maxlen=500), 0.0, 0.0, None
+        self.stopping, self.alarmed = False, self.drift.monitor.alarm
 
 # %% ../nbs/60_watch.ipynb #9a4ba59c
 @patch
@@ -575,7 +583,7 @@ def _cannot_read(self: Watcher, name: str, error: OSError):
     if self.queue.keeps_failing(name, time.monotonic(), self.settings.grace, 1.0) and self.settings.once:
         self.queue.pop(name)
         self.only.discard(name)
-        self.given_up += 1
+        self.left += 1
 
 # %% ../nbs/60_watch.ipynb #e360285b
 def heatmap_name(
@@ -605,7 +613,7 @@ def row(
         "judged": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
     }
 
-# %% ../nbs/60_watch.ipynb #a6d89257
+# %% ../nbs/60_watch.ipynb #99ddb8f5
 @patch
 def save_heatmap(
     self: Watcher,
@@ -636,6 +644,7 @@ def keep(
         except (OSError, sqlite3.OperationalError) as e:
             self.trouble(str(self.out), e)
             if not self.pause(max(self.settings.poll, 0.1)):
+                self.left += len(rows)
                 return False
     self.trouble(str(self.out), None)
     self._catch_up()
@@ -674,16 +683,16 @@ def step(self: Watcher) -> int:
 # %% ../nbs/60_watch.ipynb #b17a4aa6
 @patch
 def rate(self: Watcher) -> float:
-    "Verdicts a second, over the last minute at most."
+    "Verdicts a second, over the last minute, or since the start."
     now = time.monotonic()
     recent = [(t, n) for t, n in self.progress if now - t < 60]
-    return sum(n for _, n in recent[1:]) / max(now - recent[0][0], 1e-3) if len(recent) > 1 else 0.0
+    return sum(n for _, n in recent[1:]) / max(now - recent[0][0], 1e-3) if recent else 0.0
 
 
 @patch
 def false_alarms(self: Watcher) -> str:
     "The observed share of FAIL, and whether good parts alone would explain it."
-    judged = self.counts.total() - self.counts["ERROR"]
+    judged = sum(self.counts.values()) - self.counts["ERROR"]
     if not judged:
         return "nothing judged yet"
     low, high = wilson_interval(self.counts["FAIL"], judged)
@@ -698,7 +707,7 @@ def status(self: Watcher) -> str:
     c, m = self.counts, self.drift.monitor
     drift = "DRIFT: hold out new good parts and set the threshold anew" if m.alarm else f"no drift (capital {m.capital:.2g} of {1 / m.alpha:.0f})"
     said = ", ".join(f"{v} {c[v]}" for v in VERDICTS if c[v] or v != "ERROR")
-    return f"{c.total()} judged ({said}) | {self.rate():.1f}/s | {len(self.queue)} waiting | {self.false_alarms()} | {drift}"
+    return f"{sum(c.values())} judged ({said}) | {self.rate():.1f}/s | {len(self.queue)} waiting | {self.false_alarms()} | {drift}"
 
 # %% ../nbs/60_watch.ipynb #b80d5f81
 @contextlib.contextmanager
@@ -725,31 +734,35 @@ def stop_on_signals(
 
 # %% ../nbs/60_watch.ipynb #1ac24b35
 @patch
-def _report(self: Watcher):
-    "A status line, now and then."
-    now = time.monotonic()
-    if now >= self.next_line:
-        self.next_line = now + self.settings.every
-        self.say(self.status())
+def report(self: Watcher):
+    "A status line now and then, where something changed; a warning when drift is first noticed."
+    now, m = time.monotonic(), self.drift.monitor
+    if m.alarm and not self.alarmed:
+        self.alarmed = True
+        logger.warning(f"drift, noticed after {sum(self.counts.values())} verdicts: good parts no longer look as when the threshold was set.")
+    state = dict(self.counts), len(self.queue)
+    if now >= self.next_line and state != self.told:
+        self.next_line, self.told = now + self.settings.every, state
+        with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that is gone: no reason to stop
+            self.say(self.status())
 
-
+# %% ../nbs/60_watch.ipynb #01d5cf45
 @patch
 def run(self: Watcher) -> int:
-    "Watch until stopped, or with `once` until nothing waits. Returns 0; 1 when `once` had to leave something. Closes the ledger."
+    "Watch until stopped, or with `once` until nothing waits. Returns 0, or 1 where something had to be left for the next start. Closes."
     with contextlib.closing(self), stop_on_signals(self.stop):
+        self._catch_up()
         while not self.stopping:
             if time.monotonic() >= self.next_look:
                 self.look()
             if not self.step():
                 if self.settings.once and self.only is not None and not self.queue.waiting:
                     break
-                self.pause(min(0.1, self.settings.poll))
-            alarmed, self.alarmed = getattr(self, "alarmed", False), self.drift.monitor.alarm
-            if self.alarmed and not alarmed:
-                logger.warning(f"drift: good parts no longer look as when the threshold was set, noticed at {self.counts.total()} verdicts.")
-            self._report()
-        self.say(f"stopped. {self.status()} | {self.ledger.csv}")
-    return int(self.given_up > 0)
+                self.pause(min(0.1, max(self.settings.poll, 0.02)))
+            self.report()
+        with contextlib.suppress(OSError):
+            self.say(f"stopped. {self.status()} | {self.ledger.csv}" + (f" | {self.left} left for the next start" if self.left else ""))
+    return int(self.left > 0)
 
 # %% ../nbs/60_watch.ipynb #4cb2995c
 @drawn
