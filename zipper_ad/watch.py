@@ -122,7 +122,7 @@ class Queue:
 def refresh(
     self: Queue,
     found: Iterable[tuple[str, Stamp]],  # all files without a verdict, as many as there may be
-    clock: Callable[[], float] = time.monotonic,  # seconds
+    now: float | None = None,  # the monotonic clock; None: its time when all are listed
 ):
     "Hold the oldest by mtime, and forget what is no longer there. A changed stamp begins anew."
     count = 0
@@ -134,7 +134,7 @@ def refresh(
             yield item
 
     kept, before = heapq.nsmallest(self.limit, counted(), key=lambda f: (f[1].modified, f[0])), self.waiting
-    now, self.found = clock(), count
+    now, self.found = time.monotonic() if now is None else now, count
     same = {n for n, stamp in kept if n in before and before[n].stamp == stamp}
     self.waiting = {n: before[n] if n in same else Waiting(stamp, now) for n, stamp in kept}
 
@@ -452,7 +452,11 @@ class Watcher:
             raise InputError(f"{out}: pictures arrive there. Choose another out=.")
         self.bands = make_bands(judge, self.settings.review)
         self.lock = lock_folder(out)
-        self.ledger = Ledger(out, detector_key(judge))
+        try:
+            self.ledger = Ledger(out, detector_key(judge))
+        except InputError:
+            self.lock.close()
+            raise
         self.drift = Drift(self.ledger, calibration_of(judge), self.bands.threshold)
         self.counts = Counter(dict(self.ledger.db.execute("SELECT verdict, count(*) FROM verdicts GROUP BY verdict")))
         self.queue, self.troubles, self.only, self.left = Queue(self.settings.backlog), {}, None, 0
@@ -533,6 +537,7 @@ def look(self: Watcher):
         self.trouble(str(self.folder), None)
     except OSError as e:
         self.trouble(str(self.folder), e)
+        self.queue.found = len(self.queue.waiting)
     now = time.monotonic()
     self.next_look = now + max(self.settings.poll, 4 * (now - start))
 
@@ -753,10 +758,10 @@ def run(self: Watcher) -> int:
     with contextlib.closing(self), stop_on_signals(self.stop):
         self._catch_up()
         while not self.stopping:
-            if time.monotonic() >= self.next_look:
+            if time.monotonic() >= self.next_look or (len(self.queue) and not self.queue.waiting):  # the rest of a burst
                 self.look()
             if not self.step():
-                if self.settings.once and self.only is not None and not self.queue.waiting:
+                if self.settings.once and self.only is not None and not len(self.queue):
                     break
                 self.pause(min(0.1, max(self.settings.poll, 0.02)))
             self.report()
