@@ -309,7 +309,8 @@ def test_a_score_that_is_not_finite_never_passes(start, folders):
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"review": 0.01}, "review=0.01"), ({"review": 1.5}, "review=1.5"), ({"settle": -1.0}, "settle"), ({"bs": 0}, "bs=0"), ({"poll": math.nan}, "poll"),
+    ({"review": 0.01}, "review=0.01"), ({"review": 1.5}, "review=1.5"), ({"settle": -1.0}, "settle"), ({"bs": 0}, "bs=0"),
+    ({"poll": math.nan}, "poll"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused(start, settings, said):
     with pytest.raises(InputError, match=said):
@@ -580,7 +581,8 @@ def test_command_with_an_exported_file_through_kills(trained, tmp_path, cli):
     for i in range(150):
         with atomic_path(folder / f"{i % 3}/{i}.png") as hidden:
             Image.fromarray(render_zipper(i, 64)).save(hidden)
-    command = [sys.executable, "-m", "zipper_ad", "watch", f"run={tmp_path / 'detector-fp32.onnx'}", f"input={folder}", f"out={out}", "settle=0.1"]
+    exported = tmp_path / "detector-fp32.onnx"
+    command = [sys.executable, "-m", "zipper_ad", "watch", f"run={exported}", f"input={folder}", f"out={out}", "settle=0.1"]
     for goal in (30, 80):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for((folder, out), goal)

@@ -1,19 +1,22 @@
-"""Ten thousand rendered pictures in bursts through the real `zipper_ad watch`, which is killed three times: what is lost, what is told twice, how fast.
+"""Ten thousand rendered pictures in bursts through the real `zipper_ad watch`, killed three times: what is lost, what told twice, how fast.
 
-    python tools/watch_study.py [OUT.json] [pictures=10000] [kills=3] [burst=500] [size=64] [seed=0]
+    python tools/watch_study.py [OUT.json] [pictures=10000] [kills=3] [burst=500] [size=64] [seed=0] [detector=FILE]
 
-A small CNN detector is trained on rendered zippers and exported to ONNX. A thread sends pictures in bursts as cameras do: most under
-a hidden name and then renamed, every tenth in two halves under its own name, every seventh into a folder below. The command runs as a process of its own
-and gets `kill -9` at moments drawn at random; it is started again each time. In the end SIGTERM asks it to stop, and ledger, CSV and
-heatmaps are compared with what was sent. Every picture is rendered noise and all on a zipper of its own, so no two files are equal.
+The detector is a small CNN of 64 pixels that was never trained, exported to ONNX; detector=FILE takes another one. A thread sends
+pictures in bursts as cameras do: most under a hidden name and then renamed, every tenth in two halves under its own name, every
+seventh into a folder below. The command runs as a process of its own and gets `kill -9` at moments drawn at random; it is started
+again each time. In the end SIGTERM asks it to stop, and database, CSV and heatmaps are compared with what was sent. Every picture
+has noise of its own, so no two files are equal.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,11 +25,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from zipper_ad import __version__
-from zipper_ad.cli import main as zipper_ad
-from zipper_ad.core import atomic_path
+from zipper_ad.config import make_config
+from zipper_ad.core import atomic_path, set_seed
+from zipper_ad.detector import Detector
+from zipper_ad.export import export_detector
+from zipper_ad.models.head import Restorer
 from zipper_ad.synth import render_defect, render_zipper
 from zipper_ad.watch import audit, read_verdicts
 
@@ -34,15 +41,14 @@ options = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
 target = next((a for a in sys.argv[1:] if "=" not in a), None)
 pictures, kills, burst, size, seed = (int(options.get(k, v)) for k, v in
                                       (("pictures", 10_000), ("kills", 3), ("burst", 500), ("size", 64), ("seed", 0)))  # fmt: skip
-TRAINING = ["train.epochs=3", "model.widths=[8,16,32]", "model.latent=32", "train.device=cpu", "model.head=joint"]
 
 
 def make_detector(root: Path) -> Path:
-    "An exported detector."
-    assert zipper_ad(["data", "render", f"out={root / 'zippers'}", "n_train=100", "n_test=1", f"size={size}"]) == 0
-    assert zipper_ad(["train", f"data={root / 'zippers'}", f"out={root / 'run'}", f"data.size={size}", *TRAINING]) == 0
-    assert zipper_ad(["export", f"run={root / 'run'}", f"out={root / 'detector.onnx'}"]) == 0
-    return root / "detector.onnx"
+    "An exported detector, around a network that was never trained: what is studied here is files, not verdicts."
+    config = make_config([f"data.size={size}", "model.widths=[8,16,32]", "model.latent=32", "model.head=none", "train.device=cpu"])
+    set_seed(seed)
+    normals = torch.from_numpy(np.stack([render_zipper(s, size) for s in range(160)]))[:, None] / 255
+    return export_detector(Detector.fit(Restorer(config.model), normals, config), root / "detector.onnx")
 
 
 def bases(n: int = 300) -> list[np.ndarray]:
@@ -82,17 +88,22 @@ def memory(pid: int) -> float | None:
 
 
 def judged(out: Path) -> int:
-    return len(read_verdicts(out)) if (out / "verdicts.db").exists() else 0
+    "Verdicts in the database so far."
+    try:
+        with contextlib.closing(sqlite3.connect(f"{(out / 'verdicts.db').as_uri()}?mode=ro", uri=True)) as db:
+            return db.execute("SELECT count(*) FROM verdicts").fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0
 
 
 def watched(command: list[str], out: Path, until: int, samples: list, begin: float) -> tuple[subprocess.Popen, float, int, float]:
-    "Start the command and wait for so many verdicts: the process, and when it wrote its first ones, and how many stood there then, and when it had enough."
+    "Start the command and wait for so many verdicts: the process, when it wrote its first, how many there were then, when it had enough."
     before, process, first = judged(out), subprocess.Popen(command, stdout=subprocess.DEVNULL), None
     while (n := judged(out)) < until:
         assert process.poll() is None, f"the watcher ended by itself with exit code {process.returncode}"
         now = time.monotonic()
         first = first or ((now, n) if n > before else None)
-        if not samples or now - begin - samples[-1][0] >= 1:
+        if first and (not samples or now - begin - samples[-1][0] >= 1):
             samples.append([round(now - begin, 1), n, round(memory(process.pid) or 0, 1)])
         time.sleep(0.1)
     now = time.monotonic()
@@ -103,7 +114,8 @@ def study() -> dict:
     root = Path(tempfile.mkdtemp())
     folder, out, sent, samples, spans = root / "camera", root / "verdicts", [], [], []
     (folder / "night").mkdir(parents=True)
-    command = ["-m", "zipper_ad", "watch", f"run={make_detector(root)}", f"input={folder}", f"out={out}", "settle=0.3", "poll=0.5"]
+    detector = options.get("detector") or make_detector(root)
+    command = ["-m", "zipper_ad", "watch", f"run={detector}", f"input={folder}", f"out={out}", "settle=0.3", "poll=0.5", "bs=16"]
     chance, killed_at = random.Random(seed), []
     sender = threading.Thread(target=send, args=(folder, sent))
     sender.start()
@@ -125,16 +137,16 @@ def study() -> dict:
     names = frame.file.value_counts()
     return {
         "data": f"{pictures} rendered zippers of {size} x {size} pixels, not photographs, in bursts of {burst}",
-        "command": f"zipper_ad watch run=detector.onnx input=camera out=verdicts {' '.join(command[-2:])}",
-        "made_by": "python tools/watch_study.py " + " ".join(sys.argv[1:]).replace(str(target or ""), "").strip(),
+        "command": f"zipper_ad watch run=detector.onnx input=camera out=verdicts {' '.join(command[-3:])}",
+        "made_by": " ".join(["python tools/watch_study.py", *(f"{k}={v}" for k, v in options.items() if k != "detector")]),
         "pictures": pictures, "sent": len(sent), "kills": killed_at, "exit_code_after_sigterm": code,
         "verdicts": len(frame), "lost": len(set(sent) - set(names.index)), "repeated": int((names - 1).sum()), "audit": found,
-        "shares": frame.verdict.value_counts().to_dict(),
-        "seconds": round(seconds, 1), "per_second_while_judging": round(sum(n for _, n in spans) / sum(s for s, _ in spans), 1), "spans": spans,
+        "seconds": round(seconds, 1), "per_second_while_judging": round(sum(n for _, n in spans) / sum(s for s, _ in spans), 1),
+        "spans": {"columns": ["seconds", "verdicts"], "rows": spans},
         "memory_mb": {"first": samples[0][2], "most": max(s[2] for s in samples), "last": samples[-1][2]},
         "samples": {"columns": ["seconds", "verdicts", "memory_mb"], "rows": samples},
         "machine": {"processors": os.cpu_count(), "load_average": [round(x, 1) for x in os.getloadavg()], "system": platform.platform()},
-        "versions": {"zipper_ad": __version__, "python": platform.python_version(), "sqlite": __import__("sqlite3").sqlite_version}
+        "versions": {"zipper_ad": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
         | {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "pillow")},
     }  # fmt: skip
 
