@@ -426,6 +426,33 @@ def test_stopped_during_trouble_loses_nothing(folders, start, clock):
     assert drain(start(settle=0)) == [("a.png", "PASS")]
 
 
+def test_a_ledger_that_was_removed_is_noticed(folders, start):
+    folder, out = folders
+    put(folder / "a.png")
+    watcher = start(settle=0)
+    (out / "verdicts.db").unlink()
+    watcher.look()
+    with pytest.raises(InputError, match="was removed"):
+        watcher.step()
+
+
+def test_a_database_that_cannot_be_read_for_a_while(folders, start, monkeypatch, caplog):
+    folder, out = folders
+    put(folder / "a.png")
+    watcher = start(settle=0)
+    watcher.look()
+
+    def fails(name):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(watcher.ledger, "last", fails)
+    assert watcher.step() == 0
+    watcher.look()
+    monkeypatch.undo()
+    assert drain(watcher) == [("a.png", "PASS")] and "disk I/O error" in caplog.text
+    clean(folders, 1)
+
+
 def test_a_folder_that_goes_away_is_waited_for(folders, start, caplog):
     folder, _ = folders
     watcher = start(settle=0)

@@ -535,7 +535,9 @@ def look(self: Watcher):
             self.only = {name for name, _ in self.unknown()}
         self.queue.refresh(self.unknown())
         self.trouble(str(self.folder), None)
-    except OSError as e:
+        if all(w.failing is None for w in self.queue.waiting.values()):
+            self.trouble(f"reading from {self.folder}", None)
+    except (OSError, sqlite3.OperationalError) as e:
         self.trouble(str(self.folder), e)
         self.queue.found = len(self.queue.waiting)
     now = time.monotonic()
@@ -584,7 +586,7 @@ def read(
 @patch
 def _cannot_read(self: Watcher, name: str, error: OSError):
     "The drive fails: the file waits."
-    self.trouble(str(self.folder), error)
+    self.trouble(f"reading from {self.folder}", error)
     if self.queue.keeps_failing(name, time.monotonic(), self.settings.grace, 1.0) and self.settings.once:
         self.queue.pop(name)
         self.only.discard(name)
@@ -640,6 +642,8 @@ def keep(
 ) -> bool:
     "Write until it is written. False if asked to stop before that; then nothing was, and the files will be judged again."
     while True:
+        if not self.ledger.path.exists():
+            raise InputError(f"{self.ledger.path}: was removed while a watcher wrote to it. Start again; all that is in {self.folder} is judged anew.")
         try:
             for r, v in zip(rows, verdicts, strict=True):
                 if r["heatmap"]:
@@ -674,7 +678,11 @@ def step(self: Watcher) -> int:
     "Read, judge and write one batch of those that are ready; how many verdicts were written."
     names = self.queue.ready(time.monotonic(), self.settings.settle, self.settings.bs)
     readings = [r for r in map(self.read, names) if r]
-    new = [r for r in readings if self.is_new(r)]
+    try:
+        new = [r for r in readings if self.is_new(r)]
+    except sqlite3.OperationalError as e:  # the next look finds them again
+        self.trouble(str(self.out), e)
+        return 0
     whole = [r for r in new if not r.error]
     said = iter(self.judge.judge([r.picture for r in whole], [self.folder / r.name for r in whole]) if whole else [])
     verdicts = [Verdict(path=self.folder / r.name, error=r.error) if r.error else next(said) for r in new]
