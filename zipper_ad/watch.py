@@ -190,7 +190,7 @@ def calibration_of(
     "The scores of held-out good parts that it carries, (n,)."
     return np.asarray(judge.calibration_scores if hasattr(judge, "calibration_scores") else judge.facts["calibration_scores"], np.float64)
 
-# %% ../nbs/60_watch.ipynb #8c868df2
+# %% ../nbs/60_watch.ipynb #ecbbf9bb
 def make_bands(
     judge: Judge,  # a detector or a predictor
     review: float = 0.2,  # share of good parts that may be stopped, REVIEW and FAIL together, above the detector's own rate; 0: no REVIEW
@@ -205,7 +205,7 @@ def make_bands(
     low = conformal_threshold(scores, review, quiet=True)
     return Bands(min(low.value, t.value), t.value, max(low.promised_fpr, t.promised_fpr), t.promised_fpr, len(scores))
 
-
+# %% ../nbs/60_watch.ipynb #5e9c865a
 @patch
 def review_share(
     self: Bands,
@@ -553,7 +553,7 @@ class Reading:
     picture: object = None
     error: str | None = None
 
-
+# %% ../nbs/60_watch.ipynb #33c5e69b
 @patch
 def read(
     self: Watcher,
@@ -632,7 +632,20 @@ def save_heatmap(
     with atomic_path(self.out / name) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
+# %% ../nbs/60_watch.ipynb #9345e0f3
+@patch
+def is_new(
+    self: Watcher,
+    reading: Reading,  # a file that the ledger does not know by its stamp
+) -> bool:
+    "Whether it is a picture that was not judged: neither touched only, nor moved."
+    if not reading.digest:
+        return True
+    known = self.ledger.last(reading.name)
+    same = known is not None and known[1] == reading.digest
+    return not same and not self.ledger.moved(self.folder, reading.stamp, reading.digest)
 
+# %% ../nbs/60_watch.ipynb #9f3de12d
 @patch
 def keep(
     self: Watcher,
@@ -660,19 +673,6 @@ def keep(
     return True
 
 # %% ../nbs/60_watch.ipynb #1c66270a
-@patch
-def is_new(
-    self: Watcher,
-    reading: Reading,  # a file that the ledger does not know by its stamp
-) -> bool:
-    "Whether it is a picture that was not judged: neither touched only, nor moved."
-    if not reading.digest:
-        return True
-    known = self.ledger.last(reading.name)
-    same = known is not None and known[1] == reading.digest
-    return not same and not self.ledger.moved(self.folder, reading.stamp, reading.digest)
-
-
 @patch
 def step(self: Watcher) -> int:
     "Read, judge and write one batch of those that are ready; how many verdicts were written."
