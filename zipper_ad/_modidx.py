@@ -1583,6 +1583,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'zipper_ad.tune.write_tuning_report': ('tune.html#write_tuning_report', 'zipper_ad/tune.py')},
             'zipper_ad.watch': { 'zipper_ad.watch.Bands': ('watch.html#bands', 'zipper_ad/watch.py'),
                                  'zipper_ad.watch.Bands.__call__': ('watch.html#bands.__call__', 'zipper_ad/watch.py'),
+                                 'zipper_ad.watch.Bands.good_parts_explain': ('watch.html#bands.good_parts_explain', 'zipper_ad/watch.py'),
                                  'zipper_ad.watch.Bands.promise': ('watch.html#bands.promise', 'zipper_ad/watch.py'),
                                  'zipper_ad.watch.Bands.review_share': ('watch.html#bands.review_share', 'zipper_ad/watch.py'),
                                  'zipper_ad.watch.Drift': ('watch.html#drift', 'zipper_ad/watch.py'),

@@ -32,7 +32,6 @@ from scipy import stats
 
 from .core import InputError, atomic_path
 from .interpret import COLOURS, drawn, overlay
-from .metrics import wilson_interval
 from .picture import IMAGE_SUFFIXES, Judge, Verdict
 from .score import conformal_threshold
 from .statistics import DriftMonitor, OnlinePValues
@@ -695,6 +694,17 @@ def step(self: Watcher) -> int:
 
 # %% ../nbs/60_watch.ipynb #b17a4aa6
 @patch
+def good_parts_explain(
+    self: Bands,
+    failed: int,  # parts that FAILed
+    judged: int,  # of so many
+) -> float:
+    "P(as many FAILs or more), if all parts were good; 1 where the bands promise nothing."
+    a = round(self.fail_rate * (self.n + 1))
+    return float(stats.betabinom(judged, a, self.n + 1 - a).sf(failed - 1)) if 0 < a <= self.n else 1.0
+
+# %% ../nbs/60_watch.ipynb #7054284f
+@patch
 def rate(self: Watcher) -> float:
     "Verdicts a second, over the last minute, or since the start."
     now = time.monotonic()
@@ -704,14 +714,13 @@ def rate(self: Watcher) -> float:
 
 @patch
 def false_alarms(self: Watcher) -> str:
-    "The observed share of FAIL, and whether good parts alone would explain it."
-    judged = sum(self.counts.values()) - self.counts["ERROR"]
+    "The observed share of FAIL with its exact 95 % interval, and whether good parts alone would explain it."
+    failed, judged = self.counts["FAIL"], sum(self.counts.values()) - self.counts["ERROR"]
     if not judged:
         return "nothing judged yet"
-    low, high = wilson_interval(self.counts["FAIL"], judged)
-    more = "more than good parts explain" if low > self.bands.fail_rate else "no more than good parts explain"
-    share = self.counts["FAIL"] / judged
-    return f"FAIL {share:.1%} ({low:.1%} to {high:.1%}), promised for good parts {self.bands.fail_rate:.1%}: {more}"
+    low, high = stats.binomtest(failed, judged).proportion_ci(0.95, "exact")
+    more = "more than good parts explain" if self.bands.good_parts_explain(failed, judged) < 0.025 else "no more than good parts explain"
+    return f"FAIL {failed / judged:.1%} ({low:.1%} to {high:.1%}), promised for good parts {self.bands.fail_rate:.1%}: {more}"
 
 
 @patch
