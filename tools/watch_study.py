@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -155,6 +156,7 @@ if __name__ == "__main__":
     facts = study()
     print(json.dumps({k: v for k, v in facts.items() if k != "samples"}, indent=1))
     if target:
+        text = re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()).replace("[ ", "[").replace(" ]", "]"), json.dumps(facts, indent=1))
         with atomic_path(target) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1).replace("[\n   ", "[").replace("\n   ]", "]") + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
     assert facts["lost"] == facts["repeated"] == 0 and facts["verdicts"] == pictures

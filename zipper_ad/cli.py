@@ -749,7 +749,7 @@ def dashboard(pairs):
 # %% ../nbs/50_cli.ipynb #94128386
 @command("watch")
 def watch(pairs):
-    "Judge pictures as they arrive, until Ctrl-C: run=RUN|FILE input=DIR out=DIR [review=0.2 once=false pictures=true settle=0.5 grace=10 poll=1]"
+    "Judge pictures as they arrive, until Ctrl-C: run=RUN|FILE input=DIR out=DIR [review=0.2 once=false pictures=true settle=0.5 …]"
     from dataclasses import asdict
 
     from zipper_ad.watch import Watcher, WatchSettings

@@ -229,9 +229,10 @@ def promise(self: Bands) -> str:
 # %% ../nbs/60_watch.ipynb #7a937441
 COLUMNS = ["id", "file", "verdict", "score", "p_value", "threshold", "review", "drift_p", "heatmap", "error", "judged", "digest"]
 _schema = """
-CREATE TABLE IF NOT EXISTS verdicts (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, verdict TEXT NOT NULL, score REAL, p_value REAL,
-  threshold REAL, review REAL, drift_p REAL, heatmap TEXT, error TEXT, judged TEXT NOT NULL, digest TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS files (name BLOB PRIMARY KEY, size INTEGER, modified INTEGER, changed INTEGER, digest TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS verdicts (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, verdict TEXT NOT NULL, score REAL,
+  p_value REAL, threshold REAL, review REAL, drift_p REAL, heatmap TEXT, error TEXT, judged TEXT NOT NULL, digest TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS files (name BLOB PRIMARY KEY, size INTEGER, modified INTEGER, changed INTEGER, digest TEXT NOT NULL)
+  WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS files_by_digest ON files (digest);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
@@ -446,7 +447,7 @@ class Watcher:
         self.judge, self.folder, self.out, self.say = judge, Path(folder), Path(out), say
         self.settings = settings or WatchSettings()
         if not self.folder.is_dir():
-            raise InputError(f"{folder}: {'not a folder' if self.folder.exists() else 'no such folder'}. Give the folder that pictures arrive in.")
+            raise InputError(f"{folder}: {'not a' if self.folder.exists() else 'no such'} folder. Give the one that pictures arrive in.")
         if os.path.realpath(folder) == os.path.realpath(out):
             raise InputError(f"{out}: pictures arrive there. Choose another out=.")
         self.bands = make_bands(judge, self.settings.review)
@@ -655,7 +656,7 @@ def keep(
     "Write until it is written. False if asked to stop before that; then nothing was, and the files will be judged again."
     while True:
         if not self.ledger.path.exists():
-            raise InputError(f"{self.ledger.path}: was removed while a watcher wrote to it. Start again; all that is in {self.folder} is judged anew.")
+            raise InputError(f"{self.ledger.path}: was removed while in use. Start again; what is in {self.folder} is then judged anew.")
         try:
             for r, v in zip(rows, verdicts, strict=True):
                 if r["heatmap"]:
@@ -727,7 +728,8 @@ def false_alarms(self: Watcher) -> str:
 def status(self: Watcher) -> str:
     "How it goes, in one line."
     c, m = self.counts, self.drift.monitor
-    drift = "DRIFT: hold out new good parts and set the threshold anew" if m.alarm else f"no drift (capital {m.capital:.2g} of {1 / m.alpha:.0f})"
+    drift = f"no drift (capital {m.capital:.2g} of {1 / m.alpha:.0f})"
+    drift = "DRIFT: hold out new good parts and set the threshold anew" if m.alarm else drift
     said = ", ".join(f"{v} {c[v]}" for v in VERDICTS if c[v] or v != "ERROR")
     return f"{sum(c.values())} judged ({said}) | {self.rate():.1f}/s | {len(self.queue)} waiting | {self.false_alarms()} | {drift}"
 
@@ -761,7 +763,8 @@ def report(self: Watcher):
     now, m = time.monotonic(), self.drift.monitor
     if m.alarm and not self.alarmed:
         self.alarmed = True
-        logger.warning(f"drift, noticed after {sum(self.counts.values())} verdicts: good parts no longer look as when the threshold was set.")
+        judged = sum(self.counts.values())
+        logger.warning(f"drift, noticed after {judged} verdicts: good parts no longer look as when the threshold was set.")
     state = dict(self.counts), len(self.queue)
     if now >= self.next_line and state != self.told:
         self.next_line, self.told = now + self.settings.every, state
