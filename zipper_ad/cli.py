@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'dashboard', 'score', 'recalibrate', 'card', 'doctor', 'demo']
+           'bench', 'dashboard', 'score', 'recalibrate', 'card', 'doctor', 'watch', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -794,6 +794,22 @@ def doctor(pairs):
     found = doctor(run or None)
     print(*found, sep="\n")
     return int(any(f.level == "PROBLEM" for f in found))
+
+# %% ../nbs/50_cli.ipynb #5ef69457
+@command("watch")
+def watch(pairs):
+    "Judge pictures as they arrive, until Ctrl-C: run=RUN|FILE input=DIR out=DIR [review=0.2 once=false pictures=true settle=0.5 …]"
+    from dataclasses import asdict
+
+    from zipper_ad.watch import Watcher, WatchSettings
+
+    run, folder, out, device = *(_option(pairs, name, str) for name in ("run", "input", "out")), _option(pairs, "device", "auto")
+    defaults = asdict(WatchSettings())
+    settings = WatchSettings(**{name: _option(pairs, name, default) for name, default in defaults.items()})
+    _nothing_left(pairs, ["run", "input", "out", "device", *defaults])
+    watcher = Watcher(_judge(run, device), folder, out, settings, lambda line: print(line, flush=True))
+    print(watcher.bands.promise(), flush=True)
+    return watcher.run()
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"
