@@ -114,7 +114,8 @@ def main():
     n = len(job.archive)
     programs, judge = {}, Predictor(file)
     for name in ("bare loop", "local 1", "local 2", "ray 1", "ray 2"):
-        there = [r[0] for r in rounds if name in r[0]]
+        if not (there := [r[0] for r in rounds if name in r[0]]):  # Ray did not start
+            continue
         begin = [r.get(f"{name}, begin", 0.0) for r in there]
         net = [r[name] - b for r, b in zip(there, begin, strict=True)]
         workers, pairs = int(name[-1]) if name[-1].isdigit() else 1, [(r["bare loop"], s) for r, s in zip(there, net, strict=True)]
@@ -133,7 +134,7 @@ def main():
         "machine": {"cores": os.cpu_count(), "load_at_the_end": round(os.getloadavg()[0], 1), "python": platform.python_version(),
                     **{m: __import__(m).__version__ for m in ("ray", "onnxruntime", "pyarrow")}},
         "rounds": ROUNDS, "programs": programs,
-        "ray_start_s": round(statistics.median(r[0]["ray, start"] for r in rounds if "ray, start" in r[0]), 1),
+        "ray_start_s": [round(r[0]["ray, start"], 1) for r in rounds if "ray, start" in r[0]],
         "identical_files_from_all_engines": all(r[1] for r in rounds), "identical_to_predict": all(r[2] for r in rounds),
         "bits": bits(file, folder, job.archive.names[:64]), "per_image": per_picture(folder, job, shards, rounds[0][4], rounds[0][3]),
     }  # fmt: skip

@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'zipper_ad.care._measured': ('care.html#_measured', 'zipper_ad/care.py'),
                                 'zipper_ad.care._new_pictures': ('care.html#_new_pictures', 'zipper_ad/care.py'),
                                 'zipper_ad.care._note': ('care.html#_note', 'zipper_ad/care.py'),
+                                'zipper_ad.care._numbers': ('care.html#_numbers', 'zipper_ad/care.py'),
                                 'zipper_ad.care._origin': ('care.html#_origin', 'zipper_ad/care.py'),
                                 'zipper_ad.care._read': ('care.html#_read', 'zipper_ad/care.py'),
                                 'zipper_ad.care._short': ('care.html#_short', 'zipper_ad/care.py'),

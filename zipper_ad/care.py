@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -279,19 +280,22 @@ def _installed(name: str) -> str | None:
         return None
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    "The numbers a version begins with: 2.13.0+cpu is (2, 13, 0)."
+    return tuple(int(n) for n in re.match(r"\d+(\.\d+)*", version)[0].split("."))
+
+
 def check_packages() -> list[Finding]:
     "Python and the packages, against what zipper_ad asks for; extras that are not whole."
-    from packaging.requirements import Requirement
-
     meta, missing, old, extras = importlib.metadata.metadata("zipper_ad"), [], [], {}
-    for r in map(Requirement, importlib.metadata.requires("zipper_ad") or []):
-        extra = next((e for e in meta.get_all("Provides-Extra") or [] if r.marker and r.marker.evaluate({"extra": e})), None)
-        found = _installed(r.name)
-        good = found and r.specifier.contains(found, prereleases=True)
-        if extra is None or (r.marker and r.marker.evaluate({"extra": ""})):
-            (old if found else missing).extend([] if good else [f"{r.name} {found or ''}".strip() + f" (needs {r.specifier})"])
+    for line in importlib.metadata.requires("zipper_ad") or []:
+        name, least, extra = re.fullmatch(r"([\w.-]+)(?:\s*>=\s*([\w.]+))?(?:.*extra == [\"'](\w+)[\"'])?.*", line).groups()
+        found = _installed(name)
+        good = found and _numbers(found) >= _numbers(least or "0")
+        if extra is None:
+            (old if found else missing).extend([] if good else [f"{name} {found or ''}".strip() + f" (needs {least or 'any'})"])
         else:
-            extras.setdefault(extra, []).extend([] if good else [r.name])
+            extras.setdefault(extra, []).extend([] if good else [name])
     needed, here = meta["Requires-Python"].lstrip(">="), platform.python_version()
     right = tuple(map(int, needed.split("."))) <= sys.version_info[:2]
     what = f"Python {here}, asked for {needed} or newer"
