@@ -261,6 +261,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'zipper_ad.cli.pod': ('cli.html#pod', 'zipper_ad/cli.py'),
                                'zipper_ad.cli.predict': ('cli.html#predict', 'zipper_ad/cli.py'),
                                'zipper_ad.cli.report': ('cli.html#report', 'zipper_ad/cli.py'),
+                               'zipper_ad.cli.serve': ('cli.html#serve', 'zipper_ad/cli.py'),
                                'zipper_ad.cli.train': ('cli.html#train', 'zipper_ad/cli.py'),
                                'zipper_ad.cli.training_report': ('cli.html#training_report', 'zipper_ad/cli.py'),
                                'zipper_ad.cli.tune': ('cli.html#tune', 'zipper_ad/cli.py'),

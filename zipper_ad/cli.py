@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'dashboard', 'demo']
+           'bench', 'dashboard', 'serve', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -745,6 +745,18 @@ def dashboard(pairs):
     from zipper_ad.app import serve
 
     return serve(runs, root, port)
+
+# %% ../nbs/50_cli.ipynb #1799a2d5
+@command("serve")
+def serve(pairs):
+    "Answer HTTP requests with verdicts, until Ctrl-C: run=RUN|FILE [host=127.0.0.1 port=8000 batch=8 queue=64 max_mb=20 timeout=30 token=…]"
+    from zipper_ad.serve import serve as answer
+
+    run, device = _option(pairs, "run", str), _option(pairs, "device", "auto")
+    host, port, token = _option(pairs, "host", "127.0.0.1"), _option(pairs, "port", 8000), _option(pairs, "token", "")
+    limits = {k: _option(pairs, k, d) for k, d in (("batch", 8), ("queue", 64), ("max_mb", 20.0), ("timeout", 30.0))}
+    _nothing_left(pairs, ["run", "device", "host", "port", "token", *limits])
+    return answer(lambda: _judge(run, device), host, port, token, **limits)
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"

@@ -343,7 +343,8 @@ async def read_upload(
     most: int = 20_000_000,  # bytes
 ) -> bytes:
     "The image file that was sent. Raises `Refused` for too much, and for a form without exactly one file."
-    if int(request.headers.get("content-length", "0")) > most:
+    said = request.headers.get("content-length", "")
+    if said.isdigit() and int(said) > most:
         raise Refused(413, f"over {most / 1e6:g} MB. Send a smaller image.")
     chunks = limited(request.stream(), most)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -538,13 +539,20 @@ class _Measured:
             return await self.app(scope, receive, send)
         start = time.perf_counter()
 
+        def count(status):
+            self.meters.requests.labels(str(status)).inc()
+            self.meters.seconds.observe(time.perf_counter() - start)
+
         async def counted(message):
             if message["type"] == "http.response.start":
-                self.meters.requests.labels(str(message["status"])).inc()
-                self.meters.seconds.observe(time.perf_counter() - start)
+                count(message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted)
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:  # answered with 500 further out
+            count(500)
+            raise
 
 # %% ../nbs/61_serve.ipynb #1a7df380
 class Trouble(BaseModel):
@@ -626,7 +634,8 @@ def listen(
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=256)
     except OSError as e:
-        raise InputError(f"host={host} port={port}: cannot be taken ({e.strerror}). Choose another, or port=0 for a free one.") from e
+        reason = str(e.strerror).partition(" (while")[0]
+        raise InputError(f"host={host} port={port}: cannot be taken ({reason}). Choose another, or port=0 for a free one.") from e
 
 
 def check_token(
@@ -663,9 +672,8 @@ def serve(
     **limits,  # of `Service`: batch, queue, max_mb, timeout
 ) -> int:
     "Serve verdicts until Ctrl-C or SIGTERM; returns the exit code. Raises `InputError` for what cannot be served."
-    token = check_token(token, host)
     with listen(host, port) as place, _sigterm_like_ctrl_c(), contextlib.suppress(KeyboardInterrupt):
-        app = make_app(open_judge(), token, **limits)
+        app = make_app(open_judge(), check_token(token, host), **limits)
         patience = int(app.state.service.timeout) + 10
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience, server_header=False)
         name = f"[{host}]" if ":" in host else host
