@@ -1,12 +1,13 @@
 """How much does `zipper_ad serve` take beside the judging itself, and what happens when more ask than it can answer?
 
-    python tools/serve_study.py run=FILE|RUN [out=results/serve-load.json] [rounds=8] [seconds=5] [batch=8] [queue=64]
+    python tools/serve_study.py run=FILE|RUN [out=results/serve-load.json] [rounds=6] [seconds=12] [batch=8] [queue=64]
                                 [concurrency=1,8,64,128] [size=256] [device=auto]
 
-The real command is started with the exported file (a run's folder is exported to ONNX first). Then, in each round, all take turns in an
-order that moves on by one: the bare judge on prepared pictures in batches of the same size, the bare judge from the bytes of the files,
+The real command is started with the exported file (a run's folder is exported to ONNX first). Then, in each round, all take turns in
+an order that moves on by one: the bare judge on prepared pictures in batches of the same size, the bare judge from the bytes of the files,
 and a client, in a process of its own, with so many requests under way at any time. The server idles while the bare judge has its turn.
-Of a machine that does other things as well only the ratios within a round are worth much, so they are written with their medians and ranges.
+On a machine that does other things as well only the ratios within a round are worth much, so their medians and ranges are written;
+beside them the ratio of the processor's time, which depends less on what else was running. The file is written after each round.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from zipper_ad.serve import read_bytes
 from zipper_ad.synth import KINDS, render_defect, render_zipper
 
 N_PICTURES = 32
+WARM_UP = 3.0  # seconds after which answers are counted, until the clients begin no more
 
 
 # ---- the client: no library, so that it takes little of the processor that it shares with the server
@@ -55,13 +57,13 @@ def client(port: int, concurrency: int, seconds: float, folder: str) -> dict:
     start = time.perf_counter()
 
     async def everyone():
-        await asyncio.gather(*(ask(port, bodies, k, start + seconds, seen) for k in range(concurrency)))
+        await asyncio.gather(*(ask(port, bodies, k, start + WARM_UP + seconds, seen) for k in range(concurrency)))
 
     asyncio.run(everyone())
-    ok, wall = [s for status, s, _ in seen if status == 200], max(end for *_, end in seen) - start
     other = sorted({status for status, *_ in seen} - {200, 429})
-    return {"requests": len(seen), "rejected": sum(s == 429 for s, *_ in seen), "other": other, "wall": wall, "seconds": ok,
-            "processor": time.process_time()}  # fmt: skip
+    counted = sum(status == 200 and WARM_UP < at - start <= WARM_UP + seconds for status, _, at in seen)
+    return {"requests": len(seen), "rejected": sum(s == 429 for s, *_ in seen), "other": other, "rate": counted / seconds,
+            "seconds": [s for status, s, _ in seen if status == 200]}  # fmt: skip
 
 
 # ---- the bare judge
@@ -92,8 +94,8 @@ def memory(pid: int) -> dict[str, float]:
 # ---- rounds
 
 
-def measure(file: Path, folder: Path, port: int, pid: int, options: dict) -> dict:
-    batch, seconds, rounds = int(options.get("batch", 8)), float(options.get("seconds", 5)), int(options.get("rounds", 8))
+def measure(file: Path, folder: Path, port: int, pid: int, options: dict, keep):
+    batch, seconds, rounds = int(options.get("batch", 8)), float(options.get("seconds", 12)), int(options.get("rounds", 6))
     levels = [int(c) for c in options.get("concurrency", "1,8,64,128").split(",")]
     judge = Predictor(file)
     bodies = [p.read_bytes() for p in sorted(folder.glob("*.png"))][:batch]
@@ -111,7 +113,7 @@ def measure(file: Path, folder: Path, port: int, pid: int, options: dict) -> dic
 
     turns = {
         "bare": lambda: per_second(lambda: judge.judge(prepared, [None] * batch), batch, seconds),
-        "bare_from_bytes": lambda: per_second(from_bytes, batch, seconds),
+        "bare_from_bytes": lambda: per_second(from_bytes, batch, seconds / 2),
         **{c: (lambda c=c: asked(c)) for c in levels},
     }
     found, names, loads = {name: [] for name in turns}, list(turns), []
@@ -119,8 +121,8 @@ def measure(file: Path, folder: Path, port: int, pid: int, options: dict) -> dic
         loads.append(os.getloadavg()[0])
         for name in names[r % len(names) :] + names[: r % len(names)]:
             found[name].append(turns[name]())
+        keep(summary(found, levels, r + 1) | {"load_of_the_machine": [round(x, 1) for x in loads]})
         print(f"round {r + 1} of {rounds}", flush=True)
-    return summary(found, levels, rounds) | {"load_of_the_machine": [round(x, 1) for x in loads]}
 
 
 def spread(values) -> dict[str, float]:
@@ -133,18 +135,18 @@ def summary(found: dict, levels: list[int], rounds: int) -> dict:
     rows = []
     for c in levels:
         seconds = 1000 * np.concatenate([f["seconds"] for f in found[c]])
-        rate = np.array([len(f["seconds"]) / f["wall"] for f in found[c]])
+        rate = np.array([f["rate"] for f in found[c]])
         row = {"concurrency": c, "requests": sum(f["requests"] for f in found[c]), "requests_per_s": spread(rate)}
         row |= {f"p{q}_ms": round(float(np.percentile(seconds, q)), 1) for q in (50, 95, 99)}
         row["rejected_share"] = round(sum(f["rejected"] for f in found[c]) / row["requests"], 4)
         row |= {f"ratio_to_{k}": spread(rate / v) for k, v in bare.items()}
+        answered = np.array([1000 * f["served"] / len(f["seconds"]) for f in found[c]])
+        row |= {"processor_ms_per_answer": spread(answered), "ratio_by_processor_time": spread(used["bare"] / answered)}
         row["rss_mb"] = round(max(f["memory"]["VmRSS"] for f in found[c]))
-        row["processor_ms_per_answer"] = spread([1000 * f["served"] / len(f["seconds"]) for f in found[c]])
-        row["client_processor_share"] = round(sum(f["processor"] for f in found[c]) / sum(f["wall"] for f in found[c]), 2)
         rows.append(row)
     facts = {f"{k}_{what}": spread(v[k]) for k in bare for what, v in (("per_s", bare), ("processor_ms", used))}
-    return {"rounds": rounds, **facts, "served": rows,
-            "peak_rss_mb": round(max(f["memory"]["VmHWM"] for c in levels for f in found[c]))}  # fmt: skip
+    peak = max(f["memory"]["VmHWM"] for c in levels for f in found[c])
+    return {"rounds": rounds, **facts, "served": rows, "peak_rss_mb": round(peak)}
 
 
 def exported(run: str, folder: Path) -> Path:
@@ -164,21 +166,23 @@ def main(options: dict):
             pixels = render_zipper(9000 + i, size) if i % 2 else render_defect(kinds[i // 2 % len(kinds)], 9000 + i, size, 0.8)[0]
             Image.fromarray(pixels).save(folder / f"{i:02d}.png")
         file, limits = exported(options["run"], folder), {k: int(options.get(k, d)) for k, d in (("batch", 8), ("queue", 64))}
-        command = [sys.executable, "-m", "zipper_ad", "serve", f"run={file}", "port=0", "timeout=300", *(f"{k}={v}" for k, v in limits.items())]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "zipper_ad", "serve", f"run={file}", "port=0", "timeout=300"]
+        server = subprocess.Popen([*command, *(f"{k}={v}" for k, v in limits.items())], stdout=subprocess.PIPE, text=True)
+        facts = Predictor(file).facts
+        about = {"what": "zipper_ad serve under load, beside the bare Predictor, in turns", "model": facts["model"], "size": facts["size"],
+                 "format": file.suffix[1:], "precision": facts["precision"], "cores": os.cpu_count(), "version": __version__, **limits,
+                 "pictures": f"{N_PICTURES} rendered zippers, PNG of {size} pixels a side"}  # fmt: skip
+
+        def keep(found):
+            with atomic_path(out) as temporary:
+                temporary.write_text(json.dumps(about | found, indent=1) + "\n")
+
         try:
             port = int(server.stdout.readline().split("127.0.0.1:")[1].split("/")[0])
-            found = measure(file, folder, port, server.pid, options)
+            measure(file, folder, port, server.pid, options, keep)
         finally:
             server.terminate()
-            code = server.wait(60)
-        facts = Predictor(file).facts
-    about = {"what": "zipper_ad serve under load, beside the bare Predictor, in turns", "model": facts["model"], "size": facts["size"],
-             "format": file.suffix[1:], "precision": facts["precision"], "pictures": f"{N_PICTURES} rendered zippers, PNG of {size} pixels a side",
-             "cores": os.cpu_count(), "threads_asked_for": os.environ.get("OMP_NUM_THREADS", "all"), "exit_code": code,
-             "version": __version__, **limits}  # fmt: skip
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(about | found, indent=1) + "\n")
+            assert server.wait(60) == 0
     print(out.read_text())
 
 

@@ -1266,6 +1266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'zipper_ad.serve._Measured.__call__': ('serve.html#_measured.__call__', 'zipper_ad/serve.py'),
                                  'zipper_ad.serve._Measured.__init__': ('serve.html#_measured.__init__', 'zipper_ad/serve.py'),
                                  'zipper_ad.serve._add_judging': ('serve.html#_add_judging', 'zipper_ad/serve.py'),
+                                 'zipper_ad.serve._add_open': ('serve.html#_add_open', 'zipper_ad/serve.py'),
                                  'zipper_ad.serve._checking': ('serve.html#_checking', 'zipper_ad/serve.py'),
                                  'zipper_ad.serve._decoded': ('serve.html#_decoded', 'zipper_ad/serve.py'),
                                  'zipper_ad.serve._refuse': ('serve.html#_refuse', 'zipper_ad/serve.py'),

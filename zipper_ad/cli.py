@@ -749,7 +749,7 @@ def dashboard(pairs):
 # %% ../nbs/50_cli.ipynb #1799a2d5
 @command("serve")
 def serve(pairs):
-    "Answer HTTP requests with verdicts, until Ctrl-C: run=RUN|FILE [host=127.0.0.1 port=8000 batch=8 queue=64 max_mb=20 timeout=30 token=…]"
+    "Answer over HTTP with verdicts, until Ctrl-C: run=RUN|FILE [host=127.0.0.1 port=8000 batch=8 queue=64 max_mb=20 timeout=30 token=…]"
     from zipper_ad.serve import serve as answer
 
     run, device = _option(pairs, "run", str), _option(pairs, "device", "auto")

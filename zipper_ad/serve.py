@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import hmac
 import io
-import json
 import logging
 import math
 import os
@@ -45,7 +44,6 @@ try:
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import BaseModel, Field
-    from python_multipart.exceptions import MultipartParseError
     from starlette.formparsers import MultiPartException, MultiPartParser
 except ImportError as e:
     raise InputError(f"the service needs the package {e.name}. Install it with: pip install 'zipper_ad[serve]'") from e
@@ -81,7 +79,7 @@ def _decoded(content: bytes, channels: int) -> np.ndarray:
     with image:
         return from_pil(image, channels)
 
-
+# %% ../nbs/61_serve.ipynb #f527f8bd
 def read_bytes(
     content: bytes,  # an image file: PNG, JPEG, TIFF, BMP or WebP
     channels: int = 1,  # 1 for grey, 3 for colour
@@ -210,7 +208,7 @@ def make_answer(
     return Answer(**model.model_dump(), **said, regions=find_regions(verdict, width, height), heatmap=heatmap)
 
 # %% ../nbs/61_serve.ipynb #da4f271f
-LINGER = 0.004  # seconds; the longest that a picture waits for others that are on their way
+LINGER = 0.25  # of the time that judging one picture takes: the longest that a batch waits for pictures that are on their way
 
 
 class Batcher:
@@ -230,26 +228,30 @@ class Batcher:
         self.pace = 0.0  # seconds a picture, lately
         self.task: asyncio.Task | None = None  # runs while the batcher takes pictures
 
-    @contextlib.contextmanager
-    def place(self):
-        "A place for one request. Raises `Refused` (429) where all are taken."
-        if self.inside >= self.room:
-            seconds = max(1, math.ceil(self.inside * self.pace))
-            raise Refused(429, f"too many requests: {self.inside} are waiting. Try again in {seconds} s.", {"Retry-After": str(seconds)})
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
+# %% ../nbs/61_serve.ipynb #f60f99f2
+@patch
+@contextlib.contextmanager
+def place(self: Batcher):
+    "A place for one request. Raises `Refused` (429) where all are taken."
+    if self.inside >= self.room:
+        seconds = max(1, math.ceil(self.inside * self.pace))
+        raise Refused(429, f"too many requests: {self.inside} are waiting. Try again in {seconds} s.", {"Retry-After": str(seconds)})
+    self.inside += 1
+    try:
+        yield
+    finally:
+        self.inside -= 1
 
-    @contextlib.contextmanager
-    def on_its_way(self):
-        "While a picture is being read and decoded."
-        self.coming += 1
-        try:
-            yield
-        finally:
-            self.coming -= 1
+
+@patch
+@contextlib.contextmanager
+def on_its_way(self: Batcher):
+    "While a picture is being read and decoded."
+    self.coming += 1
+    try:
+        yield
+    finally:
+        self.coming -= 1
 
 # %% ../nbs/61_serve.ipynb #99f3ea3f
 @patch
@@ -271,7 +273,8 @@ async def submit(
 @patch
 async def _take(self: Batcher) -> list[tuple]:
     "What is to be judged together: at least one picture and its future."
-    taken, end = [await self.queue.get()], time.monotonic() + LINGER
+    taken = [await self.queue.get()]
+    end = time.monotonic() + max(0.002, LINGER * self.pace)
     while len(taken) < self.batch:
         if not self.queue.empty():
             taken.append(self.queue.get_nowait())
@@ -337,7 +340,7 @@ async def limited(
             raise Refused(413, f"over {most / 1e6:g} MB. Send a smaller image.")
         yield chunk
 
-
+# %% ../nbs/61_serve.ipynb #7379aae6
 async def read_upload(
     request: Request,  # whose body is an image, or a form with one file
     most: int = 20_000_000,  # bytes
@@ -353,7 +356,7 @@ async def read_upload(
     parser.spool_max_size = most  # nothing goes to the disk
     try:
         files = [v for _, v in (await parser.parse()).multi_items() if hasattr(v, "file")]
-    except (MultiPartException, MultipartParseError, KeyError, ValueError) as e:
+    except (MultiPartException, KeyError, ValueError) as e:
         raise e if isinstance(e, Refused) else Refused(422, "the form cannot be read. Send one image as its only file.") from e
     if len(files) != 1:
         raise Refused(422, "the form holds no file. Send one image as its only file.")
@@ -444,13 +447,14 @@ h1 { font-size: 1.5rem; margin: 0; }
 .facts { color: #767676; margin: 0 0 1.5rem; }
 #drop { display: block; padding: 2.5rem 1rem; border: 2px dashed #767676; border-radius: .6rem; text-align: center; cursor: pointer; }
 #drop.over, #drop:focus-within { border-color: #0072B2; background: #0072B21a; }
-#drop input { display: block; margin: .8rem auto 0; }
+#drop input { display: block; margin: .8rem auto 0; width: fit-content; }
 #token { margin: 1rem 0; display: flex; gap: .5rem; align-items: center; }
 #token[hidden] { display: none; }
 article { display: grid; grid-template-columns: 10rem 10rem 1fr; gap: 1rem; margin-top: 1rem; padding: 1rem; border: 1px solid #9996;
   border-left: .4rem solid #767676; border-radius: .4rem; }
 article.normal { border-left-color: #0072B2; }
 article.anomalous { border-left-color: #E69F00; }
+article div:only-child { grid-column: 1 / -1; }
 article img { width: 100%; border-radius: .2rem; }
 article h2 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
 article p { margin: .3rem 0 0; }
@@ -469,6 +473,10 @@ function picture(parent, source, alt) {
   const e = parent.appendChild(new Image()); e.alt = alt; e.src = source; e.onerror = () => { e.style.visibility = "hidden"; };
 }
 const short = x => Number(x).toPrecision(3);
+"""
+
+# %% ../nbs/61_serve.ipynb #b18613fd
+_script += """
 async function judge(file) {
   const card = document.createElement("article"), said = document.createElement("div");
   const title = add(said, "h2", "judging …"); add(said, "p", file.name, "name");
@@ -481,7 +489,7 @@ async function judge(file) {
     picture(card, URL.createObjectURL(file), "the photograph"); picture(card, "data:image/png;base64," + a.heatmap, "its heatmap");
     const called = a.is_anomalous ? "anomalous" : "normal"; card.className = called; title.textContent = called;
     add(said, "p", `score ${short(a.score)}, threshold ${short(a.threshold)}, p = ${short(a.p_value)}`);
-    add(said, "p", `${a.width} × ${a.height} pixels, ${a.regions.length} marked regions`);
+    add(said, "p", `${a.width} × ${a.height} pixels, marked regions: ${a.regions.length}`);
   } catch (e) { title.textContent = "no verdict"; add(said, "p", e.message); }
   card.append(said);
 }
@@ -492,7 +500,7 @@ addEventListener("dragleave", () => drop.classList.remove("over"));
 addEventListener("drop", e => { e.preventDefault(); drop.classList.remove("over"); all(e.dataTransfer.files); });
 """
 
-# %% ../nbs/61_serve.ipynb #b18613fd
+# %% ../nbs/61_serve.ipynb #2f4a3178
 def make_page(
     model: Model,  # which detector answers
     token: bool = False,  # whether the page asks for a token
@@ -501,7 +509,8 @@ def make_page(
     digest = {k: base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for k, t in (("style", _style), ("script", _script))}
     policy = "default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     policy += "".join(f"; {k}-src 'sha256-{d}'" for k, d in digest.items())
-    facts = f"{model.model}, fingerprint {model.fingerprint}, threshold {model.threshold:.3g}, promised rate of false alarms {model.promised_fpr:.1%}"
+    facts = f"{model.model}, fingerprint {model.fingerprint}, threshold {model.threshold:.3g}"
+    facts += f", promised rate of false alarms {model.promised_fpr:.1%}"
     html = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>zipper_ad</title><link rel="icon" href="data:,"><style>{_style}</style></head><body>
 <h1>Is it a good one?</h1><p class="facts">{facts}</p>
@@ -511,9 +520,12 @@ def make_page(
     return HTMLResponse(html, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
 # %% ../nbs/61_serve.ipynb #a14565a9
+_shown = Depends(HTTPBearer(auto_error=False))
+
+
 def _checking(token: str):
     "A dependency that refuses (401) whoever does not show the token."
-    async def check(shown: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))):
+    async def check(shown: HTTPAuthorizationCredentials | None = _shown):
         given = shown.credentials if shown else ""
         if token and not hmac.compare_digest(given.encode(), token.encode()):
             raise Refused(401, "wrong or missing token. Send the header Authorization: Bearer TOKEN.", {"WWW-Authenticate": "Bearer"})
@@ -527,7 +539,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, error.status, error.headers)
     return JSONResponse({"detail": "the service failed; its log says why."}, 500)
 
-
+# %% ../nbs/61_serve.ipynb #1a7df380
 class _Measured:
     "Counts the answers to requests for a verdict, by status, and their seconds."
 
@@ -554,7 +566,7 @@ class _Measured:
             count(500)
             raise
 
-# %% ../nbs/61_serve.ipynb #1a7df380
+# %% ../nbs/61_serve.ipynb #c4734f61
 class Trouble(BaseModel):
     "Why there is no verdict."
 
@@ -567,7 +579,7 @@ _body = {"requestBody": {"required": True, "content": {"multipart/form-data": _f
 _refusals = {401: "wrong token", 408: "sent too slowly", 413: "too large", 422: "not a whole image", 429: "too many requests",
              503: "starting or stopping", 504: "took too long"}  # fmt: skip
 
-
+# %% ../nbs/61_serve.ipynb #6fd865de
 def _add_judging(app: FastAPI, service: Service, guard):
     "The routes that need the token."
     refusals = {status: {"model": Trouble, "description": text} for status, text in _refusals.items()}
@@ -589,6 +601,25 @@ def _add_judging(app: FastAPI, service: Service, guard):
         return Response(service.meters.read(), media_type=CONTENT_TYPE_LATEST)
 
 # %% ../nbs/61_serve.ipynb #f920a67b
+def _add_open(app: FastAPI, service: Service, page: HTMLResponse):
+    "The routes for anyone: the page, and what tells a balancer whether to send requests here."
+    @app.get("/", include_in_schema=False)
+    async def show_page():
+        return page
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        "Whether the program runs."
+        return {"status": "alive"}
+
+    @app.get("/readyz", responses={503: {"model": Trouble}})
+    async def readyz() -> dict[str, str]:
+        "Whether verdicts are given now."
+        if service.batcher.task is None:
+            raise Refused(503, "starting or stopping")
+        return {"status": "ready"}
+
+# %% ../nbs/61_serve.ipynb #c3bbf290
 def make_app(
     judge: Judge,  # a `Predictor`, or a `Detector`
     token: str = "",  # what clients must show; empty: nothing
@@ -610,17 +641,7 @@ def make_app(
     app.add_exception_handler(Exception, _refuse)
     app.add_middleware(_Measured, meters=service.meters)
     _add_judging(app, service, _checking(token))
-    page = make_page(service.model, bool(token))
-    app.get("/", include_in_schema=False)(lambda: page)
-    app.get("/healthz")(lambda: {"status": "alive"})
-
-    @app.get("/readyz", responses={503: {"model": Trouble}})
-    async def readyz():
-        "Whether verdicts are given now."
-        if service.batcher.task is None:
-            raise Refused(503, "starting or stopping")
-        return {"status": "ready"}
-
+    _add_open(app, service, make_page(service.model, bool(token)))
     return app
 
 # %% ../nbs/61_serve.ipynb #c9493578
@@ -675,9 +696,12 @@ def serve(
     with listen(host, port) as place, _sigterm_like_ctrl_c(), contextlib.suppress(KeyboardInterrupt):
         app = make_app(open_judge(), check_token(token, host), **limits)
         patience = int(app.state.service.timeout) + 10
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience, server_header=False)
+        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", timeout_graceful_shutdown=patience, **quiet))
         name = f"[{host}]" if ":" in host else host
         print(f"serving {app.state.service.model.model}: http://{name}:{place.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
-        uvicorn.Server(config).run(sockets=[place])
+        server.run(sockets=[place])
+        if not server.started:
+            raise InputError("the detector failed on a first picture; what it said stands above. Export it again, or train again.")
     print("the service has ended")
     return 0
