@@ -700,7 +700,8 @@ def serve(
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", timeout_graceful_shutdown=patience, **quiet))
         name = f"[{host}]" if ":" in host else host
         print(f"serving {app.state.service.model.model}: http://{name}:{place.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
-        server.run(sockets=[place])
+        with contextlib.suppress(SystemExit):  # uvicorn's way to say that it never started
+            server.run(sockets=[place])
         if not server.started:
             raise InputError("the detector failed on a first picture; what it said stands above. Export it again, or train again.")
     print("the service has ended")
