@@ -12,7 +12,8 @@ held-out normals; they train nothing. `measure` does the same for any run.
 
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
-pictures; `damage` leaves one kind of damage out at a time; `realtime` is the table of families with that preset; `precision` trains the same in fp32 and in bf16.
+pictures; `damage` leaves one kind of damage out at a time; `realtime` is the table of families with that preset;
+`precision` trains the same in fp32 and in bf16.
 
 `ablation-NAME-zippers-seedS` changes what `experiment=NAME` says and nothing else. Its baseline is `precision-cnn-fp32-zippers-seedS`, a
 CNN at 128 x 128 pixels trained for 60 epochs; the groups `damage` and `head` have those without a kind of damage or without the damage

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'dashboard', 'score', 'recalibrate', 'card', 'doctor', 'watch', 'demo']
+           'bench', 'dashboard', 'score', 'recalibrate', 'card', 'doctor', 'watch', 'serve', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -353,7 +353,7 @@ def _train_here(config, out: str, overwrite: bool, resume: bool):
 # %% ../nbs/50_cli.ipynb #e0f36d05
 @command("train", TRAIN_OPTIONS, TRAIN_EXAMPLES)
 def train(pairs, cfg=None, config=None, multirun=False):
-    "Train a detector on good parts: data=DIR [model=cnn|resnet|vit|diffusion preset=quick|spec out=RUN resume=true launch=2 …]"
+    "Train a detector on good parts: data=DIR [model=cnn|resnet|vit|diffusion preset=quick|realtime|spec out=RUN resume=true launch=2 …]"
     if multirun:
         return _sweep(pairs, cfg or config)
     given = [*(["--config", config] if config else []), *(f"{k}={v}" for k, v in pairs.items() if k != "launch")]
@@ -810,6 +810,18 @@ def watch(pairs):
     watcher = Watcher(_judge(run, device), folder, out, settings, lambda line: print(line, flush=True))
     print(watcher.bands.promise(), flush=True)
     return watcher.run()
+
+# %% ../nbs/50_cli.ipynb #1be32815
+@command("serve")
+def serve(pairs):
+    "Answer over HTTP with verdicts, until Ctrl-C: run=RUN|FILE [host=127.0.0.1 port=8000 batch=8 queue=64 max_mb=20 timeout=30 token=…]"
+    from zipper_ad.serve import serve as answer
+
+    run, device = _option(pairs, "run", str), _option(pairs, "device", "auto")
+    host, port, token = _option(pairs, "host", "127.0.0.1"), _option(pairs, "port", 8000), _option(pairs, "token", "")
+    limits = {k: _option(pairs, k, d) for k, d in (("batch", 8), ("queue", 64), ("max_mb", 20.0), ("timeout", 30.0))}
+    _nothing_left(pairs, ["run", "device", "host", "port", "token", *limits])
+    return answer(lambda: _judge(run, device), host, port, token, **limits)
 
 # %% ../nbs/50_cli.ipynb #caa75d82
 DEMO_NOTE = "rendered zippers, not photographs"
