@@ -324,9 +324,9 @@ def restorer(family, head, channels=1):
     return model
 
 
-def check(restored, x, head):
+def check(restored, x, head, bounded=True):
     assert isinstance(restored, Restored) and restored.image.shape == x.shape and restored.image.dtype == torch.float32
-    assert 0 <= restored.image.min() and restored.image.max() <= 1
+    assert not bounded or 0 <= restored.image.min() and restored.image.max() <= 1
     if head == "none":
         assert restored.logit is None
     else:
@@ -338,11 +338,12 @@ def check(restored, x, head):
 @ALL_HEADS
 @CHANNELS
 def test_shapes_and_ranges(family, head, channels):
+    "While it trains, diffusion's output is linear by its specification: a clamp would stop the gradient."
     model = restorer(family, head, channels)
     for shape in ((2, 64, 64), (1, 64, 64), (3, 33, 47), (1, 50, 127), (2, 96, 32)):
         for mode in (True, False):
             x = torch.rand(shape[0], channels, *shape[1:])
-            check(model.train(mode)(x), x, head)
+            check(model.train(mode)(x), x, head, bounded=not mode or family != "diffusion")
 
 
 @FAMILIES

@@ -135,7 +135,7 @@ def _columns(schema, archive: Archive) -> tuple[str, str]:
         raise InputError(f"{archive.address}: name={archive.name}: no such column. Choose from: {', '.join(schema.names)}.")
     return image, archive.name or next((n for n in _NAME_COLUMNS if n in schema.names and n != image), "")
 
-
+# %% ../nbs/62_archive.ipynb #928c59eb
 def _describe_parquet(archive: Archive, store, base: str) -> Archive:
     "The archive with its columns and rows, from the files' footers."
     parquet = _need("pyarrow.parquet")
@@ -238,7 +238,7 @@ def _read_rows(store, base: str, shard: Shard, archive: Archive) -> Iterator[tup
         problem = InputError(f"{shard.names[0]}: could not be read on ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
         yield from ((f"{shard.names[0]}#{i}", problem) for i in range(row, shard.stop))
 
-
+# %% ../nbs/62_archive.ipynb #471782e7
 def read_shard(
     archive: Archive,  # from `open_archive`
     shard: Shard,  # from `cut`
@@ -467,7 +467,7 @@ def _torch_threads():
         if torch:
             torch.set_num_threads(threads)
 
-
+# %% ../nbs/62_archive.ipynb #c3f86ecf
 def run_local(
     job: Job,  # what to do
     shards: list[Shard],  # those to judge
@@ -507,7 +507,7 @@ def _hushed():
         os.close(kept)
         os.close(nowhere)
 
-
+# %% ../nbs/62_archive.ipynb #99925105
 def start_ray(
     workers: int = 2,  # processor cores that Ray may use, where it is started here
     address: str = "",  # of a cluster, as "auto" or ray://head:10001; empty: one on this machine
@@ -599,7 +599,7 @@ def claim(
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps(facts | {"address": address, "version": __version__}, indent=1), encoding="utf-8")
 
-
+# %% ../nbs/62_archive.ipynb #b66a8e02
 def _other(key: str, known, wanted) -> str:
     "How two jobs differ, in words."
     if key == "detector":
@@ -680,7 +680,7 @@ def plan_job(
             device = pick_device("auto").type
     return Job(open_archive(data, image, name), files, device, **settings)
 
-
+# %% ../nbs/62_archive.ipynb #13b933d7
 def _engine(engine: str, workers: int, address: str, archive: Archive) -> tuple:
     "The engine's function with its settings; `InputError` for what does not go together."
     if engine not in ("auto", "local", "ray"):

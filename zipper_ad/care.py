@@ -110,7 +110,7 @@ def recalibrate(
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
-
+# %% ../nbs/63_care.ipynb #0f0eecb8
 def _note(found: Recalibration, run: Path, out: Path, config: Config, pictures: str):
     "Write config.yaml and recalibration.json beside the new detector, and what is known of the training."
     save_config(config, out / "config.yaml")
@@ -223,7 +223,7 @@ LIMITS = (
     "A share of false alarms is promised on average over many calibrations; the one at hand may lie above it.",
 )
 
-
+# %% ../nbs/63_care.ipynb #6bb57483
 def card(
     run: str | Path,  # a run's folder
 ) -> str:
@@ -251,7 +251,7 @@ def card(
     ]  # fmt: skip
     return "\n".join(lines)
 
-
+# %% ../nbs/63_care.ipynb #08f40f36
 def write_card(
     run: str | Path,  # a run's folder
 ) -> Path:
@@ -284,7 +284,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     "The numbers a version begins with: 2.13.0+cpu is (2, 13, 0)."
     return tuple(int(n) for n in re.match(r"\d+(\.\d+)*", version)[0].split("."))
 
-
+# %% ../nbs/63_care.ipynb #fe014a19
 def check_packages() -> list[Finding]:
     "Python and the packages, against what zipper_ad asks for; extras that are not whole."
     meta, missing, old, extras = importlib.metadata.metadata("zipper_ad"), [], [], {}
@@ -330,7 +330,7 @@ def check_torch() -> list[Finding]:
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
 
-
+# %% ../nbs/63_care.ipynb #053f5a73
 def check_system(
     folder: str | Path = ".",  # where runs will be written
 ) -> list[Finding]:
@@ -380,7 +380,7 @@ def _check_files(run: Path) -> list[Finding]:
         lines.append(Finding("WARNING", f"{len(parts)} files that a stop left half-written ({parts[0].name})", "delete them"))
     return lines
 
-
+# %% ../nbs/63_care.ipynb #6822b254
 def _check_data(facts: dict) -> Finding:
     "Whether the training pictures are still there, and the same."
     try:
@@ -394,7 +394,7 @@ def _check_data(facts: dict) -> Finding:
         return Finding("OK", f"training pictures: {len(items)} in {Path(config.data.root).name}, the same as then")
     return Finding("WARNING", f"training pictures: {config.data.root} holds other ones than then", "to repeat the training, restore them")
 
-# %% ../nbs/63_care.ipynb #6822b254
+# %% ../nbs/63_care.ipynb #f764e758
 def _check_judging(judge, size: int) -> Finding:
     "Whether it judges a picture."
     from zipper_ad.synth import render_zipper
@@ -418,7 +418,7 @@ def _check_exported(file: Path) -> list[Finding]:
                  Finding("PROBLEM", f"threshold: {value}, not a number", "export again"))  # fmt: skip
     return [*lines, _check_judging(judge, judge.size)]
 
-
+# %% ../nbs/63_care.ipynb #e0c95e09
 def check_run(
     run: str | Path,  # a run's folder, or an exported file
 ) -> list[Finding]:

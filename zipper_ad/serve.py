@@ -684,7 +684,7 @@ def _sigterm_like_ctrl_c():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-
+# %% ../nbs/61_serve.ipynb #0c973114
 def serve(
     open_judge: Callable[[], Judge],  # called when the port is taken; a `Predictor` or a `Detector`
     host: str = "127.0.0.1",  # address to listen at
