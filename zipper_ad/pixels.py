@@ -375,9 +375,15 @@ def _level_counts(self: PixelMetrics) -> np.ndarray:
 
 
 @patch
-def _resampled(self: PixelMetrics, n: int, seed: int) -> dict[str, np.ndarray]:
-    "Each figure in each of n resamples of images (n,)."
-    faulty = np.array([s.faulty > 0 for s in self.seen])
+def resampled(
+    self: PixelMetrics,
+    n: int = 1000,  # resamples of images
+    seed: int = 0,  # of the resampling
+) -> dict[str, np.ndarray]:
+    "Each figure in each of n resamples of images (n,); empty where there are no faulty or no good pixels."
+    faulty = np.array([s.faulty > 0 for s in self.seen], bool)
+    if not 0 < sum(s.faulty for s in self.seen) < sum(s.pixels for s in self.seen):
+        return {}
     levels, values = self._level_counts(), []
     shared = levels[1] / np.array([s.pixels for s in self.seen])[:, None] * ~faulty[:, None]
     recall = levels[0] / np.maximum(levels[0][:, -1:], 1)
@@ -427,7 +433,7 @@ def compute(
     notes += ["no pixel threshold: iou, dice and iou_per_region are null"] if self.threshold is None else []
     result |= {name: value for name, (value, _) in found.items()}
     result |= {name: float(v) for name, v in self._resampled_overlap(np.ones(len(self.seen))).items()}
-    drawn = self._resampled(n_bootstrap, seed) if n_bootstrap else {}
+    drawn = self.resampled(n_bootstrap, seed) if n_bootstrap else {}
     return {**result, "bound": {name: bound for name, (_, bound) in found.items()},
             "ci": {name: _middle(v, level) for name, v in drawn.items()}, "n": n, "notes": notes}
 
