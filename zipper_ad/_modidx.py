@@ -590,6 +590,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'zipper_ad.detector.Detector.prepare': ('detector.html#detector.prepare', 'zipper_ad/detector.py'),
                                     'zipper_ad.detector.Detector.raw_maps': ('detector.html#detector.raw_maps', 'zipper_ad/detector.py'),
                                     'zipper_ad.detector.Detector.save': ('detector.html#detector.save', 'zipper_ad/detector.py'),
+                                    'zipper_ad.detector._choose_threshold': ('detector.html#_choose_threshold', 'zipper_ad/detector.py'),
                                     'zipper_ad.detector._location': ('detector.html#_location', 'zipper_ad/detector.py'),
                                     'zipper_ad.detector._read_facts': ('detector.html#_read_facts', 'zipper_ad/detector.py'),
                                     'zipper_ad.detector._read_limits': ('detector.html#_read_limits', 'zipper_ad/detector.py'),
