@@ -283,6 +283,7 @@ def rank_detectors(
 def plot_critical_difference(
     figures: dict,  # name of each detector and its figure on each data set, higher is better, (N,)
     alpha: float = 0.05,  # of the critical difference
+    what: str = "data sets",  # that the figures are of, for the title
 ):
     "Mean ranks on an axis, with bars that join detectors whose ranks are closer than the critical difference; a matplotlib figure."
     import matplotlib.pyplot as plt
@@ -302,7 +303,7 @@ def plot_critical_difference(
     ax.set(xlim=(len(names) + 1.2, 0.8), ylim=(-len(names) - 1.5 - len(groups) / 2, 0), yticks=[], xticks=range(1, len(names) + 1))
     ax.xaxis.tick_top()
     ax.spines[["left", "right", "bottom"]].set_visible(False)
-    ax.set_title(f"mean rank over {found['n']} data sets; Friedman p = {found['p_value']:.2g}, "
+    ax.set_title(f"mean rank over {found['n']} {what}; Friedman p = {found['p_value']:.2g}, "
                  f"critical difference {found['critical_difference']:.2f} at {alpha:.0%}", fontsize=9)
     return fig
 
