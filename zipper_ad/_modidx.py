@@ -1139,6 +1139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'zipper_ad.pixels.at_size': ('pixels.html#at_size', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels.aupimo': ('pixels.html#aupimo', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels.iou_per_region': ('pixels.html#iou_per_region', 'zipper_ad/pixels.py'),
+                                  'zipper_ad.pixels.plot_region_sizes': ('pixels.html#plot_region_sizes', 'zipper_ad/pixels.py'),
                                   'zipper_ad.pixels.region_table': ('pixels.html#region_table', 'zipper_ad/pixels.py')},
             'zipper_ad.pod': { 'zipper_ad.pod.POD': ('pod.html#pod', 'zipper_ad/pod.py'),
                                'zipper_ad.pod.POD.__call__': ('pod.html#pod.__call__', 'zipper_ad/pod.py'),
