@@ -1287,6 +1287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'zipper_ad.score.calibrate': ('score.html#calibrate', 'zipper_ad/score.py'),
                                  'zipper_ad.score.conformal_threshold': ('score.html#conformal_threshold', 'zipper_ad/score.py'),
                                  'zipper_ad.score.cross_validate': ('score.html#cross_validate', 'zipper_ad/score.py'),
+                                 'zipper_ad.score.enlarge': ('score.html#enlarge', 'zipper_ad/score.py'),
                                  'zipper_ad.score.error_map': ('score.html#error_map', 'zipper_ad/score.py'),
                                  'zipper_ad.score.extreme_value_law': ('score.html#extreme_value_law', 'zipper_ad/score.py'),
                                  'zipper_ad.score.fuse': ('score.html#fuse', 'zipper_ad/score.py'),

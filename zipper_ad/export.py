@@ -34,7 +34,7 @@ from .corrupt import probe
 from .detector import Detector, witnesses
 from .losses import _gaussian_band, ssim_error
 from .picture import EXPORT_FORMAT, OUTPUTS, SIDES, SUFFIXES, need
-from .score import _gaussian_matrix, error_map, fuse, pool
+from .score import _gaussian_matrix, enlarge, error_map, fuse, pool, smooth
 
 logger = logging.getLogger(__name__)
 
@@ -162,13 +162,14 @@ class DetectorGraph(nn.Module):
         self.network = fold_norms(copy.deepcopy(detector.model).cpu().eval())
         side, sigma = config.data.size, config.score.sigma
         self.window = Banded(_gaussian_band(side, 11, 1.5, 1, "cpu"))
+        side //= self.score.stride
         self.smooth = Banded(torch.from_numpy(_gaussian_matrix(side, sigma * side / 256))) if sigma else nn.Identity()
         self.locations = nn.ModuleDict({k: Calibration(v) for k, v in detector.locations.items()})
         self.register_buffer("calibration_scores", torch.tensor(detector.calibration_scores, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
     def forward(self, image):
-        fused = fuse(*witnesses(self.maps(self.preprocess(image))))
+        fused = enlarge(fuse(*witnesses(self.maps(self.preprocess(image)))), self.score.stride)
         score = pool(fused, self.score.pool, self.score.topk)
         as_high = (self.calibration_scores >= score[:, None]).sum(1)
         return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
@@ -187,7 +188,8 @@ def maps(self: DetectorGraph, x):
     with half:
         restored = self.network(x)
     image = restored.image.float()
-    maps = self.smooth(torch.cat([self.error(k, x, image, restored) for k in self.kinds], 1)).split(1, 1)
+    errors = smooth(torch.cat([self.error(k, x, image, restored) for k in self.kinds], 1), 0, self.score.stride)
+    maps = self.smooth(errors).split(1, 1)
     return {k: self.locations[k](m) if self.locations else m for k, m in zip(self.kinds, maps, strict=True)}
 
 # %% ../nbs/44_export.ipynb #d742efaa
