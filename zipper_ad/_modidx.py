@@ -638,6 +638,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'zipper_ad.export.Preprocess': ('export.html#preprocess', 'zipper_ad/export.py'),
                                   'zipper_ad.export.Preprocess.__init__': ('export.html#preprocess.__init__', 'zipper_ad/export.py'),
                                   'zipper_ad.export.Preprocess.forward': ('export.html#preprocess.forward', 'zipper_ad/export.py'),
+                                  'zipper_ad.export.Preprocess.resized': ('export.html#preprocess.resized', 'zipper_ad/export.py'),
                                   'zipper_ad.export._Reader': ('export.html#_reader', 'zipper_ad/export.py'),
                                   'zipper_ad.export._Reader.__init__': ('export.html#_reader.__init__', 'zipper_ad/export.py'),
                                   'zipper_ad.export._Reader.get_next': ('export.html#_reader.get_next', 'zipper_ad/export.py'),
