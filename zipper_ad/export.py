@@ -461,7 +461,7 @@ def _to_openvino(model, facts=None):
 
 
 def quantize_openvino(
-    model,  # an ONNX model from `to_onnx` with ask=False: NNCF would quantise both branches, and has pictures for one only
+    model,  # an ONNX model from `to_onnx` with ask=False: NNCF would quantise both branches, with pictures for one only
     pictures: np.ndarray,  # (N,H,W,C) pixels of normal training pictures, for the ranges
     layers: list[str],  # the layers to bring to 8 bits
 ):
@@ -527,7 +527,7 @@ def _as_onnx(graph, example, precision, facts, data, agreement):
 
 
 def _as_openvino(graph, example, precision, facts, data, agreement):
-    model = to_onnx(graph, example, ask=precision != "int8")
+    model = to_onnx(graph, example, ask=False)
     if precision == "int8":
         ranges, held_out = data
         build = partial(quantize_openvino, model, ranges)
