@@ -306,6 +306,20 @@ def test_each_map_has_its_calibration():
     assert torch.allclose(detector.maps_and_scores(zippers(2))[0], (damage + torch.maximum(*errors)) / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("stride", [2, 4])
+def test_judging_coarser_maps(stride, tmp_path):
+    detector = fitted(f"score.stride={stride}")
+    _, *maps = detector.raw_maps(zippers(8))
+    assert {m.shape for m in maps} == {(8, 1, 64 // stride, 64 // stride)}
+    assert {loc.mean.shape for loc in detector.locations.values()} == {(1, 64 // stride, 64 // stride)}
+    found, scores, _ = detector.maps_and_scores(zippers(8))
+    assert found.shape == (8, 1, 64, 64) and torch.equal(scores, found.flatten(1).amax(1))  # anomalous where a pixel is marked
+    detector.save(tmp_path)
+    assert torch.equal(Detector.load(tmp_path).maps_and_scores(zippers(8))[0], found)
+    with pytest.raises(InputError, match="score.stride=3: must divide data.size=64"):
+        make_config([*SMALL, "score.stride=3"])
+
+
 @pytest.mark.parametrize("kinds", ["damage", "ssim", "ssim+l1"])
 def test_one_witness_is_not_averaged(kinds):
     detector = fitted(f"score.map={kinds}")

@@ -71,7 +71,10 @@ def test_graph_says_what_the_detector_says(detectors, family, photographs):
         assert p[0] == pytest.approx(e.p_value) and np.abs(anomaly_map[0] - e.anomaly_map).max() < 2e-3
 
 
-@pytest.mark.parametrize("settings", [["score=topk"], ["score.calibrate=false", "score.map=msgms"], ["data.channels=3"], ["score.sigma=0"]])
+@pytest.mark.parametrize("settings", [
+    ["score=topk"], ["score.calibrate=false", "score.map=msgms"], ["data.channels=3"], ["score.sigma=0"], ["score.stride=2"],
+    ["score.stride=4", "score.sigma=0", "score.map=damage+l2"],
+])  # fmt: skip
 def test_graph_in_other_settings(settings, photographs):
     detector = fitted("cnn", *settings)
     graph, channels = DetectorGraph(detector), detector.config.data.channels

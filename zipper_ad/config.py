@@ -184,6 +184,7 @@ class ScoreConfig:
 
     map: str = "auto"  # damage, l1, l2, ssim, msgms, or several joined by +; auto: all but l1 that the model gives
     sigma: float = 4.0  # Gaussian smoothing of the map, in pixels at 256
+    stride: int = 1  # judge means of stride × stride pixels: the work after the network falls by stride²
     pool: str = "max"  # from map to score: max, topk, mean
     topk: int = 100  # pixels that topk averages
     calibrate: bool = True  # compare each place with the same place on held-out normal images
@@ -235,6 +236,7 @@ RANGES = {  # setting: (least, most)
     "loss.msgms": (0, 1e6), "loss.focal": (0, 1e6), "train.epochs": (1, 10**6), "train.minutes": (0, 10**6), "train.bs": (1, 4096),
     "train.lr": (1e-12, 10), "train.weight_decay": (0, 10), "train.warmup": (0, 0.9), "train.clip": (1e-6, 1e6),
     "train.patience": (1, 10**6), "train.threads": (0, 4096), "train.accumulate": (1, 4096), "score.sigma": (0, 128),
+    "score.stride": (1, 16),
     "score.topk": (1, 10**7), "score.target_fpr": (1e-6, 0.999), "model.width": (8, 65536), "model.heads": (1, 1024),
     "model.blocks": (1, 1000), "model.patch": (2, 256), "model.decoder_width": (8, 65536), "model.decoder_blocks": (1, 1000),
     "model.hide": (0, 0.95), "model.passes": (1, 1000), "model.steps": (50, 1000), "model.start": (0.001, 1),
@@ -269,6 +271,8 @@ def check_config(
         value = _value(config, name)
         if value is not None and value not in choices:
             raise InputError(f"{name}={value}: choose from {', '.join(map(str, choices))}.")
+    if config.data.size % config.score.stride:
+        raise InputError(f"score.stride={config.score.stride}: must divide data.size={config.data.size}.")
     return _check_lists(config)
 
 # %% ../nbs/01_config.ipynb #3e48e7b8

@@ -36,6 +36,7 @@ from zipper_ad.score import (
     Threshold,
     calibrate,
     conformal_threshold,
+    enlarge,
     error_map,
     fuse,
     p_values,
@@ -105,14 +106,15 @@ def raw_maps(
     x: torch.Tensor,  # (B,C,H,W) in [0,1]
     pose: torch.Tensor | None = None,  # (B,3) how the parts lie, if it is known; only for parts that lie at any angle
 ) -> tuple[torch.Tensor, ...]:
-    "Reconstructions (B,C,H,W), then a smoothed map (B,1,H,W) of each of `map_kinds`, before calibration; on the CPU, parts upright."
+    "Reconstructions (B,C,H,W), then a smoothed map (B,1,H/stride,W/stride) of each of `map_kinds`, uncalibrated; on the CPU, upright."
+    score = self.config.score
     with torch.inference_mode():
         x = x.to(self.device)
         if self.upright:
             x = turn(x, self.upright.find(x) if pose is None else pose)
         restored = self.model(x)
         maps = [restored.logit.sigmoid() if k == "damage" else error_map(x, restored.image, k) for k in self.map_kinds]
-        return restored.image.float().cpu(), *(smooth(m.float(), self.config.score.sigma).cpu() for m in maps)
+        return restored.image.float().cpu(), *(smooth(m.float(), score.sigma, score.stride).cpu() for m in maps)
 
 
 @patch
@@ -124,7 +126,7 @@ def maps_and_scores(
     pose = self.upright.find(x) if self.upright else None
     images, *maps = self.raw_maps(x, pose)
     judged = {k: self.locations[k](m) if self.locations else m for k, m in zip(self.map_kinds, maps, strict=True)}
-    fused = fuse(*witnesses(judged))
+    fused = enlarge(fuse(*witnesses(judged)), self.config.score.stride)
     scores = pool(fused, self.config.score.pool, self.config.score.topk)
     if self.upright:
         fused, images = turn_back(fused, pose), turn_back(images, pose)

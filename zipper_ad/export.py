@@ -34,7 +34,7 @@ from .corrupt import probe
 from .detector import Detector, witnesses
 from .losses import _gaussian_band, ssim_error
 from .picture import EXPORT_FORMAT, OUTPUTS, SIDES, SUFFIXES, need
-from .score import _gaussian_matrix, error_map, fuse, pool
+from .score import _gaussian_matrix, enlarge, error_map, fuse, pool, smooth
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +81,25 @@ class Preprocess(nn.Module):
     ):
         super().__init__()
         self.size, self.channels, self.resize = size, channels, resize
+        self.asks = True  # see `record_graph`
 
     def forward(self, image):  # (B,H,W,1) or (B,H,W,3); uint8, or float in [0,1]; to (B,C,S,S) in [0,1]
         x = image.permute(0, 3, 1, 2)
         x = (x.clamp(0, 1) * 255).round() if image.dtype.is_floating_point else x.float()
         if x.shape[1] != self.channels:
             x = grey(x) if self.channels == 1 else x.expand(-1, 3, -1, -1)
-        if self.resize:
-            x = resize_rows(x.mT, resize_matrix(image.shape[2], self.size, x.device)).mT
-            x = resize_rows(x, resize_matrix(image.shape[1], self.size, x.device))
-        return x / 255
+        if not self.resize:
+            return x / 255
+        if not (self.asks and torch.compiler.is_exporting()):
+            return self.resized(x) / 255
+        away = (image.shape[1] - self.size) ** 2 + (image.shape[2] - self.size) ** 2
+        x = torch.cond(away == 0, lambda x: x * 1, self.resized, (x,))
+        return x.reshape(image.shape[0], self.channels, self.size, self.size) / 255
+
+    def resized(self, x):  # (B,C,H,W) to (B,C,S,S), whole numbers 0 to 255
+        h, w = x.shape[2:]
+        x = resize_rows(x.transpose(2, 3), resize_matrix(w, self.size, x.device)).transpose(2, 3)
+        return resize_rows(x, resize_matrix(h, self.size, x.device))
 
 # %% ../nbs/44_export.ipynb #e6c10d3f
 def fold_norms(
@@ -162,13 +171,14 @@ class DetectorGraph(nn.Module):
         self.network = fold_norms(copy.deepcopy(detector.model).cpu().eval())
         side, sigma = config.data.size, config.score.sigma
         self.window = Banded(_gaussian_band(side, 11, 1.5, 1, "cpu"))
+        side //= self.score.stride
         self.smooth = Banded(torch.from_numpy(_gaussian_matrix(side, sigma * side / 256))) if sigma else nn.Identity()
         self.locations = nn.ModuleDict({k: Calibration(v) for k, v in detector.locations.items()})
         self.register_buffer("calibration_scores", torch.tensor(detector.calibration_scores, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
     def forward(self, image):
-        fused = fuse(*witnesses(self.maps(self.preprocess(image))))
+        fused = enlarge(fuse(*witnesses(self.maps(self.preprocess(image)))), self.score.stride)
         score = pool(fused, self.score.pool, self.score.topk)
         as_high = (self.calibration_scores >= score[:, None]).sum(1)
         return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
@@ -187,7 +197,8 @@ def maps(self: DetectorGraph, x):
     with half:
         restored = self.network(x)
     image = restored.image.float()
-    maps = self.smooth(torch.cat([self.error(k, x, image, restored) for k in self.kinds], 1)).split(1, 1)
+    errors = smooth(torch.cat([self.error(k, x, image, restored) for k in self.kinds], 1), 0, self.score.stride)
+    maps = self.smooth(errors).split(1, 1)
     return {k: self.locations[k](m) if self.locations else m for k, m in zip(self.kinds, maps, strict=True)}
 
 # %% ../nbs/44_export.ipynb #d742efaa
@@ -214,8 +225,10 @@ def describe_export(
 def record_graph(
     graph: DetectorGraph,  # what to record
     example: torch.Tensor,  # (2,H,W,C): type and channels of the pixels
+    ask: bool = True,  # ask whether a picture must be resized, or else resize it always
 ) -> torch.export.ExportedProgram:
     "The graph with symbolic batch, height and width."
+    graph.preprocess.asks = ask
     sizes = {0: torch.export.Dim("batch", min=1)}
     if graph.preprocess.resize:
         sizes |= {1: torch.export.Dim("height", min=SIDES[0], max=SIDES[1]), 2: torch.export.Dim("width", min=SIDES[0], max=SIDES[1])}
@@ -238,23 +251,24 @@ def _write_torchscript(graph, example, path, facts):
         torch.jit.save(traced, path, _extra_files={"facts.json": json.dumps(facts)})
 
 # %% ../nbs/44_export.ipynb #37d6b7ab
-def _name_nodes(model):
-    "Name each node by its module and a number, and drop what the exporter noted beside it."
-    for i, node in enumerate(model.graph.node):
+def _name_nodes(graph, before=""):
+    "Name each node by its module and a number, and drop what the exporter noted beside it; branches of a condition too."
+    for i, node in enumerate(graph.node):
         notes = {p.key: p.value for p in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
         modules = [s for s in scopes[:-1] if s]
-        node.name = f"{modules[-1] if modules else 'graph'}/{node.op_type}_{i}"
-    g = model.graph
-    for thing in (*g.node, *g.value_info, *g.initializer, *g.input, *g.output, g):
+        node.name = f"{before}{modules[-1] if modules else 'graph'}/{node.op_type}_{i}"
+        for part in (a for a in node.attribute if a.HasField("g")):
+            _name_nodes(part.g, f"{node.name}/{part.name}/")
+    for thing in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph):
         del thing.metadata_props[:]
         thing.doc_string = ""
-    return model
 
 
 def to_onnx(
     graph: DetectorGraph,  # what to convert
     example: torch.Tensor,  # (2,H,W,C): type and channels of the pixels
+    ask: bool = True,  # as for `record_graph`
 ):
     "The graph as an ONNX model, in memory. Raises `InputError` where onnx or onnxscript are not installed."
     need("onnx", "format=onnx"), need("onnxscript", "format=onnx")
@@ -264,10 +278,12 @@ def to_onnx(
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             names = {"input_names": ["image"], "output_names": list(OUTPUTS)}
-            made = torch.onnx.export(record_graph(graph, example), dynamo=True, verbose=False, **names)
+            made = torch.onnx.export(record_graph(graph, example, ask), dynamo=True, verbose=False, **names)
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
-    return _name_nodes(made.model_proto)
+    model = made.model_proto
+    _name_nodes(model.graph)
+    return model
 
 # %% ../nbs/44_export.ipynb #d16f5d95
 def _keep_facts(model, facts):
@@ -445,7 +461,7 @@ def _to_openvino(model, facts=None):
 
 
 def quantize_openvino(
-    model,  # an ONNX model from `to_onnx`
+    model,  # an ONNX model from `to_onnx` with ask=False: NNCF would quantise both branches, with pictures for one only
     pictures: np.ndarray,  # (N,H,W,C) pixels of normal training pictures, for the ranges
     layers: list[str],  # the layers to bring to 8 bits
 ):
@@ -511,7 +527,7 @@ def _as_onnx(graph, example, precision, facts, data, agreement):
 
 
 def _as_openvino(graph, example, precision, facts, data, agreement):
-    model = to_onnx(graph, example)
+    model = to_onnx(graph, example, ask=False)
     if precision == "int8":
         ranges, held_out = data
         build = partial(quantize_openvino, model, ranges)
