@@ -1,11 +1,12 @@
 "Metrics: properties and broken input."
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import ndimage, stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zipper_ad import metrics as m
@@ -161,6 +162,22 @@ def test_broken_values_are_errors(scored, bad):
         m.evaluate_scores(scores, labels, kinds, threshold, maps, masks)
 
 
+@pytest.mark.parametrize("n, target", [(24, 0.05), (60, 0.1), (99, 0.01), (3, 0.9)])
+def test_promise_of_a_threshold(n, target):
+    "The rate of the threshold's rank among uniform scores, by its distribution; and p-values of what was observed, by counting ranks."
+    threshold = conformal_threshold(np.arange(n) * 1.0, target, quiet=True)
+    above = int(n - 1 - threshold.value)  # held-out scores above it
+    bound = m.fpr_upper_bound(threshold.promised_fpr, n)
+    assert stats.binom.cdf(above, n, bound) == pytest.approx(0.05, abs=1e-9)  # so few above, were the rate larger: one in twenty
+    assert m.fpr_upper_bound(threshold.promised_fpr, n, 0.5) < bound
+    report = m.evaluate_scores([*np.full(7, n + 1.0), *np.full(13, -1.0)], np.zeros(20), ["good"] * 20, threshold)["threshold"]
+    assert report["fpr_upper_bound"] == bound and report["confidence"] == 0.95
+    assert f"at most {bound:.1%} with 95% confidence" in report["notes"][0]
+    orders = math.comb(n + 20, 20)  # of held-out and new scores, all alike
+    at_least = sum(math.comb(above + k, k) * math.comb(n - 1 - above + 20 - k, 20 - k) for k in range(7, 21))
+    assert report["p_value"] == pytest.approx(at_least / orders)
+
+
 @pytest.mark.parametrize("n_kinds, n_maps, n_masks", [(11, 12, 12), (12, 11, 12), (12, 12, 11)])
 def test_lengths_must_agree(scored, n_kinds, n_maps, n_masks):
     scores, labels, kinds, threshold, maps, masks = scored
@@ -217,6 +234,19 @@ def test_empty_masks_of_defective_images_are_left_out(scored):
     note = "1 defective images have an empty mask and are left out of pixel metrics"
     assert found["pixel"].pop("notes") == [*expected["pixel"].pop("notes"), note]
     assert found == expected and found["n"]["with_mask"] == 5
+
+
+@pytest.mark.parametrize("sizes", [[(2, 2)], [(1, 1), (2, 2), (3, 1)]])
+def test_resampled_pixels_make_the_intervals_of_the_report(scored, sizes):
+    scores, labels, kinds, threshold, maps, masks = scored
+    native = [None if i == 2 else np.kron(mask, np.ones(sizes[i % len(sizes)], bool)) for i, mask in enumerate(masks)]
+    drawn = m.resampled_pixels(labels, maps, native, n=40, seed=7)
+    pixel = m.evaluate_scores(scores, labels, kinds, threshold, maps, native, n_bootstrap=40, seed=7)["pixel"]
+    assert set(drawn) == {"auroc", "auprc", "aupro", "aupro_05"}
+    for name, values in drawn.items():
+        assert np.quantile(values, [0.025, 0.975]) == pytest.approx(pixel["ci"][name], rel=1e-12)
+    assert m.resampled_pixels(labels, maps, [None] * len(labels)) == {}
+    assert m.resampled_pixels(np.zeros(3), maps[labels == 0][:3], [None] * 3) == {}
 
 
 @pytest.mark.parametrize("label", [0, 1])

@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from zipper_ad import statistics as s
 from zipper_ad.core import InputError
 from zipper_ad.metrics import auprc, auroc, bootstrap_interval
+from zipper_ad.pixels import at_size
 from zipper_ad.score import Threshold, conformal_threshold
 
 
@@ -274,3 +275,59 @@ def test_monitor_is_a_mixture_over_bets_and_starts():
 def test_plot_of_what_are_no_p_values(p_values):
     with pytest.raises(InputError):
         s.plot_p_values(p_values)
+
+
+# ---------------------------------------------------------------- a rate that is kept with confidence
+@pytest.mark.parametrize("n, rate, confidence", [(24, 0.2, 0.9), (59, 0.05, 0.95), (60, 0.1, 0.95), (200, 0.05, 0.99), (300, 0.01, 0.9)])
+def test_guaranteed_threshold_is_the_lowest_score_that_keeps_the_rate(n, rate, confidence):
+    scores = np.random.default_rng(n).permutation(n) * 1.0
+    found = s.guaranteed_threshold(scores, rate, confidence)
+    above = int(n - 1 - found.value)
+    kept = [stats.binom.cdf(k, n, rate) for k in (above, above + 1)]  # P(no more than k of n lie above the true quantile)
+    assert 1 - kept[0] >= confidence - 1e-12 > 1 - kept[1]
+    assert found.promised_fpr == (above + 1) / (n + 1) and found.n_calibration == n and not found.message
+
+
+def test_too_few_normals_guarantee_what_they_can(caplog):
+    found = s.guaranteed_threshold(np.arange(24.0), 0.05)
+    assert found.value == 23 and found.promised_fpr == 1 / 25 and "guarantee a false-alarm rate of 11.7%" in found.message
+    assert "Hold out 59 or more" in found.message and found.message in caplog.text
+    caplog.clear()
+    assert s.guaranteed_threshold(np.arange(24.0), 0.05, quiet=True) == found and not caplog.text
+    assert s.smallest_guaranteed_fpr(24) == pytest.approx(1 - 0.05 ** (1 / 24))
+
+
+@pytest.mark.parametrize("setting", [{"target_fpr": 0}, {"target_fpr": 1}, {"confidence": 0}, {"confidence": 1}, {"scores": []},
+                                     {"scores": [np.nan]}])
+def test_impossible_guarantees_are_errors(setting):
+    with pytest.raises(InputError):
+        s.guaranteed_threshold(**({"scores": [1.0, 2.0]} | setting))
+
+
+# ---------------------------------------------------------------- ranks over data sets
+def test_ranks_ignore_scale_and_order():
+    rng = np.random.default_rng(0)
+    figures = {name: rng.random(8) + shift for name, shift in (("a", 0.3), ("b", 0.1), ("c", 0))}
+    found = s.rank_detectors(figures)
+    assert sum(found["ranks"].values()) == pytest.approx(6) and found["n"] == 8
+    assert found["statistic"] == pytest.approx(stats.friedmanchisquare(*figures.values()).statistic)
+    squeezed = s.rank_detectors({name: np.exp(figures[name]) for name in ("c", "a", "b")})
+    assert squeezed["ranks"] == pytest.approx(found["ranks"]) and squeezed["p_value"] == pytest.approx(found["p_value"])
+    close = [pair for pair, p in found["p_values"].items() if p > 0.05]
+    assert close == [(a, b) for a, b in found["p_values"] if abs(found["ranks"][a] - found["ranks"][b]) < found["critical_difference"]]
+
+
+@pytest.mark.parametrize("figures", [{}, {"a": [1.0, 2], "b": [1.0, 2]}, {"a": [1.0], "b": [1.0], "c": [2.0]},
+                                     {"a": [1.0, 2], "b": [1.0, 2], "c": [1.0]}, {"a": [1.0, 2], "b": [1.0, 2], "c": [1.0, np.nan]}])
+def test_too_little_to_rank(figures):
+    with pytest.raises(InputError):
+        s.rank_detectors(figures)
+
+
+def test_paired_pixels_are_measured_at_the_size_of_the_masks():
+    rng = np.random.default_rng(1)
+    masks = np.zeros((6, 24, 36), bool)
+    masks[:3, 5:14, 8:20] = True
+    small, large = (rng.random((6, *size)) for size in ((8, 12), (24, 36)))
+    enlarged = np.stack([at_size(m, (24, 36)) for m in small])
+    assert s.paired_pixel_bootstrap(small, large, masks, n=30) == s.paired_pixel_bootstrap(enlarged, large, masks, n=30)

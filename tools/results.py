@@ -2,13 +2,15 @@
 
     python tools/results.py [photographs=DIR] [runs=runs/results] [jobs=1] [list=true] [PATTERN …]
     python tools/results.py measure=RUN data=DIR out=FILE
+    python tools/results.py seeds=true [PATTERN …]
 
 PATTERN is a row's name or a pattern such as "main-cnn-*"; without one, all rows are made, in order. Rows on rendered pictures need
 nothing; rows on real ones need photographs=DIR, a folder in MVTec's layout. Each row trains with the settings it names, on one
 processor thread (so that `jobs` rows can run side by side) and by epochs, not by the preset's minutes (which are meant for two
 cores), measures on the test folder, and writes what `zipper_ad evaluate` writes, with the settings, the minutes and the same figures
 for each map alone and for all reconstruction maps without the damage map. These score the same network, calibrated on the same
-held-out normals; they train nothing. `measure` does the same for any run.
+held-out normals; they train nothing. `measure` does the same for any run. `seeds` measures nothing: it prints, of rows that differ by
+nothing but the seed, the mean of each figure with Student's interval for it.
 
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
@@ -260,6 +262,8 @@ def main(arguments: list[str]):
 
         made_by = {"made_by": "python tools/results.py " + " ".join(arguments)}
         write_json(made_by | measure(Path(options["measure"]), Path(options["data"])), options["out"])
+    elif options.get("seeds"):
+        print("\n".join(over_seeds(patterns)) or "no settings are measured from two seeds or more")
     elif options.get("list"):
         print("\n".join(names))
     elif options.get("one"):
@@ -275,6 +279,26 @@ def main(arguments: list[str]):
             folder_of(data, None, runs)  # before several jobs want it
         with ThreadPoolExecutor(int(options.get("jobs", 1))) as pool:
             list(pool.map(start, names))
+
+
+def over_seeds(patterns: list[str]) -> list[str]:
+    "One line for each settings measured from two seeds or more: the mean of each figure and its interval."
+    import json
+
+    from zipper_ad.statistics import across_seeds
+
+    groups, lines = {}, []
+    for file in sorted(Path("results").glob("*-seed[0-9]*.json")):
+        if any(fnmatch.fnmatch(file.stem, p) for p in patterns):
+            groups.setdefault(file.stem.rpartition("-seed")[0], []).append(json.loads(file.read_text()))
+    for name, found in groups.items():
+        figures = {"image": [r["image"]["auroc"] for r in found], "recall": [r["image"]["recall"] for r in found]}
+        if len({r["pixel"].get("resolution") for r in found}) == 1:  # else some masks were shrunk and some were not
+            figures["PRO"] = [r["pixel"]["aupro"] for r in found]
+        spread = {k: across_seeds(v) for k, v in figures.items() if len(v) > 1 and None not in v}
+        told = "  ".join(f"{k} {s['mean']:.3f} [{s['ci'][0]:.3f}, {s['ci'][1]:.3f}]" for k, s in spread.items())
+        lines += [f"{name:34s} {told}  {len(found)} seeds"] if spread else []
+    return lines
 
 
 def summary(name: str) -> str:

@@ -189,6 +189,7 @@ class ScoreConfig:
     topk: int = 100  # pixels that topk averages
     calibrate: bool = True  # compare each place with the same place on held-out normal images
     target_fpr: float = 0.05  # promised rate of false alarms
+    confidence: float = 0.0  # 0: the rate is kept on average over calibrations; 0.95: with this confidence by the one at hand
 
 # %% ../nbs/01_config.ipynb #30ae8ad7
 @dataclass
@@ -240,7 +241,7 @@ RANGES = {  # setting: (least, most)
     "model.blocks": (1, 1000), "model.patch": (2, 256), "model.decoder_width": (8, 65536), "model.decoder_blocks": (1, 1000),
     "model.hide": (0, 0.95), "model.passes": (1, 1000), "model.steps": (50, 1000), "model.start": (0.001, 1),
     "model.guidance": (0, 100), "train.ema": (0, 0.999999), "damage.ramp": (0, 1), "damage.lint": (0, 1), "loss.perceptual": (0, 1e6),
-    "loss.adversarial": (0, 1e6),
+    "loss.adversarial": (0, 1e6), "score.confidence": (0, 0.9999),
 }
 CHOICES = {
     "model.head": HEADS, "model.skip": ("concat", "add", "none"), "model.depth": (10, 18, 34),

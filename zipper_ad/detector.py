@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/32_detector.ipynb #bd3bef4f
 from . import __version__
-from .config import Config, check_config, config_from_dict, nearest_name
+from .config import Config, ScoreConfig, check_config, config_from_dict, nearest_name
 from .core import InputError, atomic_path, pick_device
 from .corrupt import probe
 from .data import AnomalyDataset, fingerprint
@@ -165,12 +165,21 @@ def fit(
     return self
 
 # %% ../nbs/32_detector.ipynb #c3f1537b
+def _choose_threshold(scores: np.ndarray, settings: ScoreConfig) -> Threshold:
+    "The threshold that keeps the rate asked: on average, or in each single case with the confidence asked."
+    if not settings.confidence:
+        return conformal_threshold(scores, settings.target_fpr)
+    from zipper_ad.statistics import guaranteed_threshold  # scikit-learn takes a second to import, and only this needs it
+
+    return guaranteed_threshold(scores, settings.target_fpr, settings.confidence)
+
+# %% ../nbs/32_detector.ipynb #b13adccf
 @patch
 def _set_threshold(self: Detector, normals: torch.Tensor):
     "The conformal threshold, the pixels' threshold and the colour scale, all from normal pictures."
     maps, scores, _ = _score_in_batches(self.maps_and_scores, normals)
     self.calibration_scores = np.sort(scores.double().numpy())
-    self.threshold = conformal_threshold(self.calibration_scores, self.config.score.target_fpr)
+    self.threshold = _choose_threshold(self.calibration_scores, self.config.score)
     rank = int((self.calibration_scores <= self.threshold.value).sum())  # of the threshold among the scores
     self.pixel_threshold = float(pool(maps, "max").sort().values[max(rank, 1) - 1])
     low = float(maps.median())

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'auroc', 'auprc', 'f1_max', 'roc_points', 'pr_points', 'recall_at_fpr', 'bootstrap_interval',
-           'roc_band', 'perfect_auroc_bound', 'auroc_interval', 'wilson_interval', 'recall_at_rates', 'pro_curve',
-           'aupro', 'iou', 'dice', 'balanced_accuracy', 'image_metrics', 'pixel_metrics', 'per_defect',
-           'evaluate_scores']
+           'roc_band', 'perfect_auroc_bound', 'auroc_interval', 'wilson_interval', 'fpr_upper_bound',
+           'describe_promise', 'alarms_p_value', 'recall_at_rates', 'pro_curve', 'aupro', 'iou', 'dice',
+           'balanced_accuracy', 'image_metrics', 'pixel_metrics', 'per_defect', 'resampled_pixels', 'evaluate_scores']
 
 # %% ../nbs/31_metrics.ipynb #39249479
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -243,6 +242,40 @@ def wilson_interval(
     half = z / (n + z**2) * (k * (n - k) / n + z**2 / 4) ** 0.5
     return [float(max(middle - half, 0)), float(min(middle + half, 1))]
 
+# %% ../nbs/31_metrics.ipynb #9a89839f
+def fpr_upper_bound(
+    promised_fpr: float,  # the rate that the threshold keeps on average, `Threshold.promised_fpr`, in (0, 1]
+    n_calibration: int,  # held-out normal images that it rests on
+    confidence: float = 0.95,  # share of calibrations that keep the bound, in (0, 1)
+) -> float:
+    "The false-alarm rate kept with this confidence: a quantile of Beta(m, n + 1 − m) with m = promised_fpr · (n + 1) (Vovk, 2012)."
+    if not (0 < promised_fpr <= 1 and 0 < confidence < 1 and n_calibration > 0):
+        raise InputError(f"promised_fpr={promised_fpr}, n_calibration={n_calibration}, confidence={confidence}: a rate, a number of "
+                         "images and a confidence between 0 and 1 are needed.")
+    place = min(max(round(promised_fpr * (n_calibration + 1)), 1), n_calibration + 1)
+    return float(stats.beta.ppf(confidence, place, n_calibration + 1 - place)) if place <= n_calibration else 1.0
+
+# %% ../nbs/31_metrics.ipynb #fbc6e267
+def describe_promise(
+    promised_fpr: float,  # the rate that the threshold keeps on average, in (0, 1]
+    n_calibration: int,  # held-out normal images that it rests on
+    confidence: float = 0.95,  # of the bound, in (0, 1)
+) -> str:
+    "The rate of false alarms on average, and the rate that is kept with confidence, in one line."
+    bound = fpr_upper_bound(promised_fpr, n_calibration, confidence)
+    return f"{promised_fpr:.1%} on average, at most {bound:.1%} with {confidence:.0%} confidence, from {n_calibration} good images"
+
+# %% ../nbs/31_metrics.ipynb #c1cab960
+def alarms_p_value(
+    alarms: int,  # new normal images above the threshold
+    n: int,  # new normal images
+    promised_fpr: float,  # the rate that the threshold keeps on average, in (0, 1]
+    n_calibration: int,  # held-out normal images that it rests on
+) -> float:
+    "The probability of so many alarms or more while new and held-out images are alike: beta-binomial (n, m, n_calibration + 1 − m)."
+    place = round(promised_fpr * (n_calibration + 1))
+    return float(stats.betabinom.sf(alarms - 1, n, place, n_calibration + 1 - place)) if place <= n_calibration else 1.0
+
 # %% ../nbs/31_metrics.ipynb #2316fffc
 def recall_at_rates(
     labels,  # 0 good, 1 defective, (N,)
@@ -282,68 +315,57 @@ def _known_pixels(maps, masks) -> tuple[np.ndarray, np.ndarray]:
                              "pixels.at_size brings a map to the size of its mask; pixels.PixelMetrics does that by itself.")
         if not np.isfinite(map_).all():
             raise InputError(f"image {i}: the anomaly map holds values that are not finite. Is the model broken?")
-        kept.append((map_.astype(np.float32), mask > 0))
+        kept.append((map_.astype(np.float32, copy=False), mask if mask.dtype == bool else mask > 0))
     if not kept:
         return np.zeros((0, 1, 1), np.float32), np.zeros((0, 1, 1), bool)
     return tuple(np.stack(v) for v in zip(*kept, strict=True))
 
 # %% ../nbs/31_metrics.ipynb #a4e673e1
-def _pixel_groups(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "The group of each pixel (M,H,W), and the image of each group. Group i < M: image i without its regions; others: regions."
-    groups, images = np.empty(masks.shape, np.uint32), list(range(len(masks)))
-    for i, mask in enumerate(masks):
-        regions, n = ndimage.label(mask, structure=np.ones((3, 3)))
-        groups[i] = np.where(regions > 0, regions + len(images) - 1, i)
-        images += [i] * n
-    return groups, np.array(images, dtype=np.intp)
+def _region_values(anomaly_map: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    "The values of the pixels of each region of the mask."
+    if not mask.any():
+        return []
+    regions, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    inside = regions[mask]
+    order = np.argsort(inside, kind="stable")
+    return np.split(anomaly_map[mask][order], np.cumsum(np.bincount(inside)[1:-1]))
 
 # %% ../nbs/31_metrics.ipynb #8ddf5a8b
-def _sorted_groups(maps: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "The groups of all pixels from the highest value to the lowest, and the last position of each run of equal values."
-    bits = (maps.astype(np.float32).ravel() + np.float32(0)).view(np.uint32)  # + 0: there is a negative zero too
-    bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    keys = bits.astype(np.uint64) << 32 | groups.ravel()
-    keys.sort()
-    keys = keys[::-1]
-    bits = keys >> 32
-    ends = np.append(np.flatnonzero(bits[1:] != bits[:-1]), len(bits) - 1)
-    return (keys & 0xFFFFFFFF).astype(np.intp), ends
-
-# %% ../nbs/31_metrics.ipynb #e8e48e87
 @dataclass
 class _PixelCurves:
     "Cumulative counts of pixels at the corners of all curves, from the highest value down."
-    groups: np.ndarray  # group of each pixel, sorted by value from the highest down
-    images: np.ndarray  # image of each group
-    n_images: int  # images with a known mask; groups below it are anomaly-free pixels
-    at: np.ndarray  # position of each corner in `groups`
-    tp: np.ndarray  # pixels in regions up to each corner
-    fp: np.ndarray  # anomaly-free pixels up to each corner
+    maps: np.ndarray  # (M,H,W) float32 of the images with a known mask
+    masks: np.ndarray  # (M,H,W) bool
+    cuts: np.ndarray  # a corner counts the pixels at or above its cut (K,) float32, falling
+    tp: np.ndarray  # faulty ones (K,)
+    fp: np.ndarray  # anomaly-free ones (K,)
+    pro: np.ndarray  # per-region overlap (K,)
 
-    @cached_property
-    def area(self) -> np.ndarray:
-        "Pixels in each group."
-        return np.bincount(self.groups, minlength=len(self.images))
+# %% ../nbs/31_metrics.ipynb #6bf05fe6
+def _ranked_faults(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Each distinct value of the faulty pixels, falling; faulty pixels, and per-region overlap, at or above it; three (K,)."
+    regions = [v for m, k in zip(maps, masks, strict=True) for v in _region_values(m, k)]
+    values, sizes = np.concatenate(regions), np.array([len(v) for v in regions])
+    order = np.argsort(-values)
+    values, shares = values[order], np.repeat(1 / sizes, sizes)[order]
+    ends = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)
+    return values[ends], ends + 1, np.cumsum(shares)[ends] / len(regions)
 
-    @cached_property
-    def pro(self) -> np.ndarray:
-        "Per-region overlap at each corner."
-        regions = self.groups[self.groups >= self.n_images]
-        n_regions = len(self.images) - self.n_images
-        return np.append(0, np.cumsum(1 / (n_regions * self.area[regions])))[self.tp]
-
-# %% ../nbs/31_metrics.ipynb #91ec1cd8
+# %% ../nbs/31_metrics.ipynb #ec225c60
 def _pixel_curves(maps: np.ndarray, masks: np.ndarray) -> _PixelCurves | None:
     "The curves, or None when there are no faulty pixels or no anomaly-free ones."
     if not masks.any() or masks.all():
         return None
-    groups, images = _pixel_groups(masks)
-    groups, ends = _sorted_groups(maps, groups)
-    tp = np.cumsum(groups >= len(masks))[ends]
-    changed = np.diff(tp, prepend=0) > 0
-    corner = changed | np.append(changed[1:], True)
-    at, tp = ends[corner], tp[corner]
-    return _PixelCurves(groups, images, len(masks), at, tp, at + 1 - tp)
+    values, tp, pro = _ranked_faults(maps, masks)
+    good = maps[~masks]
+    good.sort()
+    above, at_or_above = (len(good) - np.searchsorted(good, values, side) for side in ("right", "left"))
+    before = lambda v: np.stack([np.append(0, v[:-1]), v], 1).ravel()  # noqa: E731
+    cuts = np.stack([np.nextafter(values, np.float32(np.inf)), values], 1).ravel()
+    cuts, tp, fp, pro = (np.append(*v) for v in (
+        (cuts, np.float32(-np.inf)), (before(tp), tp[-1]), (np.stack([above, at_or_above], 1).ravel(), len(good)), (before(pro), pro[-1])))
+    corner = (np.diff(tp, prepend=0) > 0) | (np.diff(fp, prepend=0) > 0)
+    return _PixelCurves(maps, masks, *(v[corner] for v in (cuts, tp, fp, pro)))
 
 # %% ../nbs/31_metrics.ipynb #75611108
 def pro_curve(
@@ -404,23 +426,24 @@ def dice(
 @patch
 def levels(self: _PixelCurves, n: int) -> np.ndarray:
     "Indices of at most n corners, spread evenly over faulty and over anomaly-free pixels; the last corner is among them."
-    if n >= len(self.at):
-        return np.arange(len(self.at))
+    if n >= len(self.cuts):
+        return np.arange(len(self.cuts))
     share = np.arange(1, n // 2 + 1) / (n // 2)
-    return np.unique(np.concatenate([np.searchsorted(v, share * v[-1]) for v in (self.tp, self.fp)]).clip(max=len(self.at) - 1))
+    return np.unique(np.concatenate([np.searchsorted(v, share * v[-1]) for v in (self.tp, self.fp)]).clip(max=len(self.cuts) - 1))
 
 
 @patch
 def counts_at(self: _PixelCurves, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Per image and level: faulty pixels, anomaly-free pixels, and the sum of its regions' overlaps; three (images, levels)."
-    stops = self.at[levels] + 1
-    parts = zip(np.append(0, stops[:-1]), stops, strict=True)
-    above = np.cumsum([np.bincount(self.groups[a:b], minlength=len(self.images)) for a, b in parts], axis=0).T.astype(np.float64)
-    tp, overlap = np.zeros((2, self.n_images, len(levels)))
-    regions, owners = above[self.n_images:], self.images[self.n_images:]
-    np.add.at(tp, owners, regions)
-    np.add.at(overlap, owners, regions / self.area[self.n_images:, None])
-    return tp, above[: self.n_images], overlap
+    tp, fp, overlap = np.zeros((3, len(self.maps), len(levels)))
+    above = lambda values: len(values) - np.searchsorted(np.sort(values), self.cuts[levels])  # noqa: E731
+    for i, (anomaly_map, mask) in enumerate(zip(self.maps, self.masks, strict=True)):
+        fp[i] = above(anomaly_map[~mask])
+        for values in _region_values(anomaly_map, mask):
+            found = above(values)
+            tp[i] += found
+            overlap[i] += found / len(values)
+    return tp, fp, overlap
 
 # %% ../nbs/31_metrics.ipynb #da3c121f
 def _resampled_curves(curves: _PixelCurves, counts: np.ndarray, max_fpr: float, bins: int) -> dict[str, np.ndarray]:
@@ -583,8 +606,8 @@ def _mask_sizes(labels: np.ndarray, maps, masks) -> tuple[list, list[str]]:
 EXACT_PIXELS = 2**24  # so many pixels of one size are sorted at most; more are counted in bins
 
 
-def _figures_at(sizes: list, maps, masks, threshold, n_bootstrap, seed) -> dict:
-    "`pixel_metrics` with the maps at these sizes (None: left out), and `bound`."
+def _measurable(sizes: list, maps, masks, threshold=None):
+    "What is measured at these sizes (None: left out): a pair of maps and masks to sort, or a `PixelMetrics` that has counted them."
     from zipper_ad.pixels import PixelMetrics, at_size  # which imports this module
 
     def mask_of(i):
@@ -593,14 +616,39 @@ def _figures_at(sizes: list, maps, masks, threshold, n_bootstrap, seed) -> dict:
     known, images = [size for size in sizes if size is not None], range(len(sizes))
     if len(set(known)) < 2 and sum(height * width for height, width in known) <= EXACT_PIXELS:
         enlarged = [maps[i] if size is None else at_size(maps[i], size) for i, size in enumerate(sizes)]
-        exact = pixel_metrics(enlarged, [mask_of(i) for i in images], threshold, n_bootstrap=n_bootstrap, seed=seed)
-        return exact | {"bound": {}}
+        return enlarged, [mask_of(i) for i in images]
     counted = PixelMetrics(threshold)
     for i in images:
         counted.update([maps[i]], [mask_of(i)])
-    block = counted.compute(n_bootstrap, seed)
+    return counted
+
+
+def _figures_at(sizes: list, maps, masks, threshold, n_bootstrap, seed) -> dict:
+    "`pixel_metrics` with the maps at these sizes (None: left out), and `bound`."
+    found = _measurable(sizes, maps, masks, threshold)
+    if isinstance(found, tuple):
+        return pixel_metrics(*found, threshold, n_bootstrap=n_bootstrap, seed=seed) | {"bound": {}}
+    block = found.compute(n_bootstrap, seed)
     del block["n"]
     return block
+
+# %% ../nbs/31_metrics.ipynb #cd83d732
+def resampled_pixels(
+    labels,  # 0 good, 1 defective, (N,)
+    maps,  # anomaly maps, (N,H,W) or a sequence of any sizes
+    masks,  # for each image (H,W) bool of any size, or None where the mask is not known
+    n: int = 1000,  # resamples of images
+    seed: int = 0,  # of the resampling: with the same labels and masks the same images are drawn
+) -> dict[str, np.ndarray]:
+    "auroc, auprc, aupro, aupro_05 of a test set in each of n resamples (n,), at the sizes of its masks; empty where they are not defined."
+    sizes, _ = _mask_sizes(np.asarray(labels, bool), maps, masks)
+    found = _measurable(sizes, maps, masks)
+    if not isinstance(found, tuple):
+        drawn = found.resampled(n, seed)
+        return {name: drawn[name] for name in ("auroc", "auprc", "aupro", "aupro_05") if name in drawn}
+    known, truth = _known_pixels(*found)
+    curves = _pixel_curves(known, truth)
+    return {} if curves is None else _resampled_curves(curves, _resample_counts(truth.any((1, 2)), n, seed), 0.3, 2048)
 
 # %% ../nbs/31_metrics.ipynb #9d1944e7
 def _pixel_block(labels, maps, masks, threshold, n_bootstrap, seed) -> tuple[dict, int]:
@@ -619,14 +667,18 @@ def _pixel_block(labels, maps, masks, threshold, n_bootstrap, seed) -> tuple[dic
 def _threshold_block(threshold: Threshold, good_scores: np.ndarray) -> dict:
     "The threshold, what it promised, and what was observed on the good test images."
     alarms, n = int((good_scores > threshold.value).sum()), len(good_scores)
+    promise = float(threshold.promised_fpr), int(threshold.n_calibration)
     return {
         "value": float(threshold.value),
         "target_fpr": float(threshold.target_fpr),
         "promised_fpr": float(threshold.promised_fpr),
+        "fpr_upper_bound": fpr_upper_bound(*promise),
+        "confidence": 0.95,
         "n_calibration": int(threshold.n_calibration),
         "observed_fpr": alarms / n if n else None,
+        "p_value": alarms_p_value(alarms, n, *promise) if n else None,
         "ci": {"observed_fpr": wilson_interval(alarms, n)},
-        "notes": [threshold.message] if threshold.message else [],
+        "notes": [f"promised: {describe_promise(*promise)}", *([threshold.message] if threshold.message else [])],
     }
 
 # %% ../nbs/31_metrics.ipynb #4af2198d

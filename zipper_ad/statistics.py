@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['bca_interval', 'delong_test', 'paired_difference', 'paired_bootstrap', 'paired_pixel_bootstrap', 'holm',
-           'compare_detectors', 'alike_groups', 'plot_comparison', 'across_seeds', 'user_threshold', 'expected_cost',
+           'compare_detectors', 'alike_groups', 'plot_comparison', 'rank_detectors', 'plot_critical_difference',
+           'across_seeds', 'smallest_guaranteed_fpr', 'guaranteed_threshold', 'user_threshold', 'expected_cost',
            'cost_threshold', 'plot_p_values', 'drift_test', 'OnlinePValues', 'DriftMonitor']
 
 # %% ../nbs/33_statistics.ipynb #b56a8fa0
 import bisect
+import logging
 import math
 from itertools import combinations
 
@@ -28,9 +30,11 @@ from zipper_ad.metrics import (
     _resampled_curves,
     auroc,
     auroc_interval,
+    fpr_upper_bound,
     perfect_auroc_bound,
     pixel_metrics,
 )
+from .pixels import at_size
 from .score import Threshold, _finite_scores
 
 # %% ../nbs/33_statistics.ipynb #65a9a993
@@ -158,8 +162,8 @@ def paired_bootstrap(
 # %% ../nbs/33_statistics.ipynb #d55154ec
 def paired_pixel_bootstrap(
     maps_a,  # anomaly maps of one detector (N,H,W), higher is more anomalous
-    maps_b,  # of the other on the same images
-    masks,  # for each image (H,W) bool, or None where the mask is not known (left out)
+    maps_b,  # of the other on the same images; any size
+    masks,  # for each image (H,W) bool, or None where the mask is not known (left out); maps of another size are brought to theirs
     max_fpr: float = 0.3,  # false-positive rate to which AU-PRO integrates
     n: int = 1000,  # resamples of images
     seed: int = 0,  # of the resampling
@@ -169,7 +173,9 @@ def paired_pixel_bootstrap(
     "`auroc`, `auprc`, `aupro`, `aupro_05`: for each what `paired_difference` gives; empty without faulty or without good pixels."
     figures, values = [], []
     for maps in (maps_a, maps_b):
-        known, truth = _known_pixels(maps, masks)
+        same = len(maps) == len(masks)  # else `_known_pixels` says what is wrong
+        enlarged = [at_size(m, np.shape(k)[-2:]) if k is not None else m for m, k in zip(maps, masks, strict=True)] if same else maps
+        known, truth = _known_pixels(enlarged, masks)
         if (curves := _pixel_curves(known, truth)) is None:
             return {}
         counts = _resample_counts(truth.any((1, 2)), n, seed)
@@ -253,6 +259,54 @@ def plot_comparison(
     right.axis("off")
     return fig
 
+# %% ../nbs/33_statistics.ipynb #7f3d4819
+def rank_detectors(
+    figures: dict,  # name of each detector and its figure on each data set, higher is better, (N,)
+    alpha: float = 0.05,  # of the critical difference
+) -> dict:
+    """Mean `ranks` by name (1: best), Friedman's `statistic` and `p_value`, `n` data sets,
+
+    Nemenyi's `critical_difference` of two ranks and `p_values` of pairs (a, b). `InputError` for too few of either."""
+    rows = [_finite_scores(v, f"detector {name!r}") for name, v in figures.items()]
+    k, n = len(rows), len(rows[0]) if rows else 0
+    if k < 3 or n < 2 or {len(row) for row in rows} != {n}:
+        raise InputError("ranks need three or more detectors, each with a figure on every one of two or more data sets.")
+    ranks = dict(zip(figures, stats.rankdata(-np.stack(rows), axis=0).mean(1).tolist(), strict=True))
+    tied = not np.ptp(rows, axis=0).any()  # everywhere: Friedman's statistic would be 0 / 0
+    unit, (statistic, p_value) = (k * (k + 1) / (6 * n)) ** 0.5, (0.0, 1.0) if tied else stats.friedmanchisquare(*rows)
+    apart = {(a, b): abs(ranks[a] - ranks[b]) for a, b in combinations(ranks, 2)}
+    return {"ranks": ranks, "statistic": float(statistic), "p_value": float(p_value),
+            "critical_difference": float(stats.studentized_range.ppf(1 - alpha, k, np.inf) / 2**0.5 * unit),
+            "p_values": {pair: float(stats.studentized_range.sf(2**0.5 * d / unit, k, np.inf)) for pair, d in apart.items()}, "n": n}
+
+# %% ../nbs/33_statistics.ipynb #0dbd0e1e
+def plot_critical_difference(
+    figures: dict,  # name of each detector and its figure on each data set, higher is better, (N,)
+    alpha: float = 0.05,  # of the critical difference
+    what: str = "data sets",  # that the figures are of, for the title
+):
+    "Mean ranks on an axis, with bars that join detectors whose ranks are closer than the critical difference; a matplotlib figure."
+    import matplotlib.pyplot as plt
+
+    found = rank_detectors(figures, alpha)
+    names = sorted(found["ranks"], key=found["ranks"].get)
+    pairs = [{"a": a, "b": b, "p_holm": p} for (a, b), p in found["p_values"].items()]
+    groups = [[found["ranks"][n] for n in g] for g in alike_groups(pairs, alpha) if len(g) > 1]
+    fig, ax = plt.subplots(figsize=(6.4, 0.9 + 0.2 * (len(names) + len(groups))), layout="constrained")
+    for row, name in enumerate(names):
+        rank, y = found["ranks"][name], -row - 1
+        ax.plot([rank, rank], [0, y], color="0.6", lw=0.8)
+        ax.plot(rank, y, "o", color="#0072B2", ms=5)
+        ax.annotate(f"{name}  {rank:.2f}", (rank, y), (-7, 0), textcoords="offset points", ha="right", va="center")
+    for row, group in enumerate(groups):
+        ax.plot([min(group), max(group)], [-len(names) - 1 - row / 2] * 2, color="0.15", lw=3.5, solid_capstyle="round")
+    ax.set(xlim=(len(names) + 1.2, 0.8), ylim=(-len(names) - 1.5 - len(groups) / 2, 0), yticks=[], xticks=range(1, len(names) + 1))
+    ax.xaxis.tick_top()
+    ax.spines[["left", "right", "bottom"]].set_visible(False)
+    ax.set_title(f"mean rank over {found['n']} {what}; Friedman p = {found['p_value']:.2g}, "
+                 f"critical difference {found['critical_difference']:.2f} at {alpha:.0%}", fontsize=9)
+    return fig
+
 # %% ../nbs/33_statistics.ipynb #fa9b1a78
 def across_seeds(
     values,  # a figure of each training, all finite, (n,)
@@ -265,6 +319,38 @@ def across_seeds(
     mean, sd = float(values.mean()), float(values.std(ddof=1)) if n > 1 else None
     half = float(stats.t.ppf((1 + level) / 2, n - 1) * sd / n**0.5) if n > 1 else None
     return {"mean": mean, "sd": sd, "ci": [mean - half, mean + half] if n > 1 else None, "n": n}
+
+# %% ../nbs/33_statistics.ipynb #c30c9f16
+def smallest_guaranteed_fpr(
+    n: int,  # held-out normal images
+    confidence: float = 0.95,  # share of calibrations that keep it, in (0, 1)
+) -> float:
+    "The smallest false-alarm rate that n held-out normal images can guarantee: 1 − (1 − confidence)^(1/n) (Wilks, 1941)."
+    return fpr_upper_bound(1 / (n + 1), n, confidence)
+
+# %% ../nbs/33_statistics.ipynb #819a3b05
+def guaranteed_threshold(
+    scores,  # scores of held-out normal images: not trained on, not used to fit a `LocationCalibration`
+    target_fpr: float = 0.05,  # the false-alarm rate to keep, in (0, 1)
+    confidence: float = 0.95,  # share of calibrations that keep it, in (0, 1)
+    quiet: bool = False,  # leave the warning to `message`
+) -> Threshold:
+    "The lowest held-out score that keeps the rate with confidence; the highest one, with a warning, where n is too small."
+    scores = np.sort(_finite_scores(scores, "threshold"))
+    if not (0 < target_fpr < 1 and 0 < confidence < 1):
+        raise InputError(f"target_fpr={target_fpr}, confidence={confidence}: must lie between 0 and 1, 0.05 and 0.95 for example.")
+    n, needed = len(scores), math.ceil(math.log(1 - confidence) / math.log1p(-target_fpr) - 1e-9)
+    if not n:
+        raise InputError(f"no normal images to calibrate on: hold {needed} or more out to guarantee {100 * target_fpr:.3g}%.")
+    place, message = int((stats.binom.sf(np.arange(n), n, target_fpr) >= confidence - 1e-12).sum()), ""
+    if not place:
+        least = smallest_guaranteed_fpr(n, confidence)
+        message = (f"{n} held-out normal images can guarantee a false-alarm rate of {least:.1%} with {confidence:.0%} confidence, "
+                   f"not {100 * target_fpr:.3g}%: the threshold keeps {least:.1%}. Hold out {needed} or more for the rate asked.")
+        if not quiet:
+            logging.getLogger(__name__).warning(message)
+    place = max(place, 1)
+    return Threshold(float(scores[n - place]), float(target_fpr), place / (n + 1), n, message)
 
 # %% ../nbs/33_statistics.ipynb #6575de26
 def user_threshold(
