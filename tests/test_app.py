@@ -315,21 +315,7 @@ def test_port_that_is_taken(small):
     check_port(int(str(e.value).rpartition("=")[2].rstrip(".")))
 
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
-CHROMIUM = os.environ.get("ZIPPER_AD_CHROMIUM", CHROMIUM)
-ARGUMENTS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync".split()
 MINUTE = 60_000  # milliseconds: only how long a busy machine may take
-
-
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'zipper_ad[dev]'")
-    if not CHROMIUM:
-        pytest.skip("no Chromium: install it (on Debian: apt-get install chromium), or name it in ZIPPER_AD_CHROMIUM")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=[f"--{a}" for a in ARGUMENTS])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
