@@ -507,7 +507,7 @@ def _check_lengths(**lists):
 
 def _top(title: str, data_note: str, metrics: dict, n_failed: int) -> str:
     "Heading, data, and the verdict in one paragraph."
-    failed = f" {n_failed} files got no verdict; they are listed below." if n_failed else ""
+    failed = f" Files without a verdict: {n_failed}, listed below." if n_failed else ""
     return (f'<h1>{escape(title)}</h1><p class="meta">{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. {escape(data_note)}</p>'
             f'<p class="short">{summary(metrics, data_note)}{failed}</p>')
 
