@@ -23,7 +23,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-notebooks test-slow coverage results lab notebooks docs readme clean FORCE
+.PHONY: help venv browser demo test test-notebooks test-slow coverage results lab notebooks docs readme clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@printf 'TORCH := %s\nPIP_ARGS := %s\n' '$(TORCH)' '$(PIP_ARGS)' > $(VENV)/choice.mk
 	@$(if $(filter-out $(TORCH_PINS),$(TORCH))$(PIP_ARGS),,rm -f $(VENV)/choice.mk)
 	@printf '%s\n' '$(WANTED)' > $(STAMP)
+
+browser: $(STAMP)  ## a Chromium for the browser tests, where there is none yet
+	@sh tools/browser.sh $(BIN)
 
 demo: $(STAMP)  ## rendered zippers, training, evaluation and report, in a few minutes
 	$(BIN)/zipper_ad demo $(ARGS)
