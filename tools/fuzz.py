@@ -396,6 +396,35 @@ def run_room(room: str, root: Path, seed: int, cases: int) -> dict:
             "slowest_s": round(slowest, 2), "memory_added_mb": round(grown), "crashes": crashes}  # fmt: skip
 
 
+def largest(pipe, mode: str, form: str, settings: dict, channels: int):
+    "In a process of its own: what reading the largest picture that is let through adds to its memory, in MB."
+    Image.new(mode, (10_000, 10_000)).save(buffer := io.BytesIO(), format=form, **settings)
+    data, before = buffer.getvalue(), None
+    del buffer
+    read_image(image_files()["grey.png"])
+    with open("/proc/self/clear_refs", "w") as file:  # the most so far begins anew
+        file.write("5")
+    before = most_memory()
+    read_image(data, channels)
+    pipe.send({"picture": f"{mode} as {form}", "channels": channels, "file_mb": round(len(data) / 1e6, 2),
+               "memory_mb": round(most_memory() - before)})  # fmt: skip
+
+
+_lzw = {"compression": "tiff_lzw"}
+LARGEST = [("L", "PNG", {}, 1), ("RGB", "JPEG", {"quality": 20}, 3), ("RGBA", "PNG", {}, 3), ("I;16", "TIFF", _lzw, 1),
+           ("F", "TIFF", _lzw, 1)]  # fmt: skip
+
+
+def measure_largest() -> list[dict]:
+    context, found = multiprocessing.get_context("spawn"), []
+    for words in LARGEST:
+        ours, theirs = context.Pipe()
+        (process := context.Process(target=largest, args=(theirs, *words))).start()
+        found.append(ours.recv())
+        process.join()
+    return found
+
+
 def main():
     options = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
     target = next((a for a in sys.argv[1:] if "=" not in a), None)
@@ -409,8 +438,9 @@ def main():
 
     facts = {
         "command": f"python tools/fuzz.py results/fuzz.json cases={cases} seed={seed}", "detector": "a CNN of 32 pixels, never trained",
-        "rooms": found, "versions": {"python": platform.python_version(), "pillow": PIL.__version__, "torch": torch.__version__,
-                                     **{m: __import__(m).__version__ for m in ("onnxruntime", "openvino", "safetensors")}},
+        "rooms": found, "largest_pictures": measure_largest() if "pictures" in rooms else [],
+        "versions": {"python": platform.python_version(), "pillow": PIL.__version__, "torch": torch.__version__,
+                     **{m: __import__(m).__version__ for m in ("onnxruntime", "openvino", "safetensors")}},
     }  # fmt: skip
     print(json.dumps(facts, indent=1))
     if target:

@@ -1069,6 +1069,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'zipper_ad.picture.Verdict.__post_init__': ( 'picture.html#verdict.__post_init__',
                                                                                 'zipper_ad/picture.py'),
                                    'zipper_ad.picture._as_array': ('picture.html#_as_array', 'zipper_ad/picture.py'),
+                                   'zipper_ad.picture._as_mode': ('picture.html#_as_mode', 'zipper_ad/picture.py'),
                                    'zipper_ad.picture._check_source': ('picture.html#_check_source', 'zipper_ad/picture.py'),
                                    'zipper_ad.picture._folder': ('picture.html#_folder', 'zipper_ad/picture.py'),
                                    'zipper_ad.picture._is_path': ('picture.html#_is_path', 'zipper_ad/picture.py'),

@@ -836,6 +836,8 @@ DEMO_EPOCHS = 40  # about four minutes on two processor cores
 @command("demo")
 def demo(pairs):
     "Render zippers, train a detector, measure it, write a report: [out=runs/demo n_train=200 n_test=20 size=256 seed=0 …]"
+    from zipper_ad.care import write_card
+
     out, n_train, n_test = Path(_option(pairs, "out", "runs/demo")), _option(pairs, "n_train", 200), _option(pairs, "n_test", 20)
     size, seed = _option(pairs, "size", 256), _option(pairs, "seed", 0)
     if "data" in pairs or "data.root" in pairs:
@@ -849,6 +851,7 @@ def demo(pairs):
     detector = _train(config, folder)
     metrics, verdicts, dataset = detector.evaluate(data, progress=True)
     write_json(metrics, folder / "metrics.json")
+    write_card(folder)
     print(f"measured on {DEMO_NOTE}:", describe_metrics(metrics), sep="\n")
     page = _report(folder / "report.html", "A detector of bad zippers", DEMO_NOTE, detector, metrics, verdicts, dataset)
     print(f"report: {page}")

@@ -47,19 +47,30 @@ def to_uint8(
         full = 1 if top <= 1 else 255 if top <= 255 else 65535
     else:
         full = 65535 if array.dtype.itemsize == 2 else 255 if top <= 255 else 65535 if top <= 65535 else 2**31 - 1
-    return np.rint(np.clip(array.astype(np.float64) / full, 0, 1) * 255).astype(np.uint8)
+    found, flat, step = np.empty(array.size, np.uint8), array.reshape(-1), 2**18
+    for i in range(0, array.size, step):  # in parts: a hundred million pixels as float64 would take gigabytes
+        found[i : i + step] = np.rint(np.clip(flat[i : i + step].astype(np.float64) / full, 0, 1) * 255)
+    return found.reshape(array.shape)
 
 # %% ../nbs/07_picture.ipynb #e43fc644
+def _as_mode(image, mode):
+    "The image in this mode; PIL would copy one that has it."
+    return image if image.mode == mode else image.convert(mode)
+
+
 def _over_white(image):
     "Flatten transparency onto white; returns an RGB image."
-    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = _as_mode(image.convert("LA") if image.mode == "La" else image, "RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white.convert("RGB")
 
 
 def _upright(image):
     "Turn the image as its EXIF orientation says; unreadable EXIF counts as none."
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(0x0112, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # otherwise it would be copied
     except Exception:  # whatever a broken EXIF block makes PIL stumble over, the pixels are still good
         return image
 
@@ -79,7 +90,7 @@ def from_pil(
         image = _over_white(image)
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
-    return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return np.asarray(_as_mode(image, "L" if channels == 1 else "RGB"))
 
 # %% ../nbs/07_picture.ipynb #55d68dfb
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # the files that count as images
