@@ -318,7 +318,6 @@ def test_third_party_imports_are_required():
     extras = ("app_requirements", "serve_requirements", "scale_requirements")
     required = {Requirement(r).name.lower() for r in requirements("requirements", *extras)}
     required |= {"omegaconf", "fasttransform"}  # what hydra-core and fastai are built on
-    required |= {"starlette", "pydantic"}  # what fastapi is built on
     required |= {name.replace("-", "_") for name in required}  # as some packages spell themselves
     owners = importlib.metadata.packages_distributions()
     for module, tree in TREES.items():
