@@ -23,7 +23,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-notebooks test-slow coverage results lab notebooks docs readme clean FORCE
+.PHONY: help venv browser demo test test-notebooks test-slow coverage results lab notebooks docs readme sbom audit clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@printf 'TORCH := %s\nPIP_ARGS := %s\n' '$(TORCH)' '$(PIP_ARGS)' > $(VENV)/choice.mk
 	@$(if $(filter-out $(TORCH_PINS),$(TORCH))$(PIP_ARGS),,rm -f $(VENV)/choice.mk)
 	@printf '%s\n' '$(WANTED)' > $(STAMP)
+
+browser: $(STAMP)  ## a Chromium for the browser tests, where there is none yet
+	@sh tools/browser.sh $(BIN)
 
 demo: $(STAMP)  ## rendered zippers, training, evaluation and report, in a few minutes
 	$(BIN)/zipper_ad demo $(ARGS)
@@ -76,6 +79,18 @@ docs: $(STAMP)  ## the website, in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program Quarto, which pip cannot install. See quarto.org, then run make docs again." >&2; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/docs.py
 
+# The two tools stand in a folder of their own: in .venv they would be on the lists themselves, and change what is pinned.
+$(VENV)/security: $(STAMP)
+	@rm -rf $@
+	$(BIN)/python -m venv $@
+	$@/bin/python -m pip install --disable-pip-version-check --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+
+sbom: $(VENV)/security  ## sbom.json: every package in .venv, in CycloneDX
+	$(VENV)/security/bin/cyclonedx-py environment --output-reproducible -o sbom.json $(BIN)/python
+
+audit: $(VENV)/security  ## known vulnerabilities of the packages in .venv, from a database on the internet
+	$(VENV)/security/bin/pip-audit --path $(wildcard $(VENV)/lib/python3*/site-packages) --skip-editable
+
 clean:  ## delete .venv and everything generated (not runs/)
-	rm -rf $(VENV) build dist _proc _docs .pytest_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info nbs/nbdev.yml nbs/.last_checked
+	rm -rf $(VENV) sbom.json build dist _proc _docs .pytest_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info nbs/nbdev.yml nbs/.last_checked
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +81,24 @@ def refused(cli):
 def contents():
     "The files below a folder and their bytes."
     return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
+CHROMIUM = os.environ.get("ZIPPER_AD_CHROMIUM", CHROMIUM)
+ARGUMENTS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync".split()
+
+
+@pytest.fixture
+def browser():
+    "A Chromium: the one named in ZIPPER_AD_CHROMIUM, the system's, or Playwright's. Without any the test is skipped."
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'zipper_ad[dev]'")
+    with playwright.sync_playwright() as p:
+        program = CHROMIUM or p.chromium.executable_path
+        if not Path(program).exists():
+            pytest.skip("no Chromium: run `make browser`, or name one in ZIPPER_AD_CHROMIUM")
+        browser = p.chromium.launch(executable_path=program, args=[f"--{a}" for a in ARGUMENTS])
+        yield browser
+        browser.close()
 
 
 LONG = ("test_resume.py", "test_export.py", "test_distributed.py", "test_app.py", "test_tune.py", "test_sweep.py", "test_training.py")

@@ -23,12 +23,15 @@ from zipper_ad.app import (
     ScoreAxis,
     badge_html,
     blend,
+    chart_marks,
     check_port,
     counts_html,
     data_key,
+    fill_chart,
     gallery_html,
     judge_upload,
     layers,
+    make_chart,
     open_store,
     prepare,
     serve,
@@ -211,6 +214,32 @@ def test_axis_goes_there_and_back():
         assert len(places) == len(texts) == len(set(texts)) < 20
 
 
+def test_marks_against_a_loop(state):
+    store, chart = state.store, make_chart()
+    for kind in ["all", sorted(set(store.kinds) - {"good"})[0]]:
+        state.kind = kind
+        fill_chart(chart, state)
+        dots = next(chart.select_traces({"name": "images"}))
+        axis, counted = state.axis(), np.flatnonzero(state.counted())
+        for t in [store.threshold["value"], *np.quantile(store.scores, [0, 0.5, 1]), -1e9, 1e9]:
+            state.thresholds[state.model], state.index = float(t), int(counted[-1])
+            marks, wrong = chart_marks(chart, state, axis), [i for i in counted if (store.scores[i] > t) != store.labels[i]]
+            places = {i: [x, y] for i, x, y in zip(counted, dots.x, dots.y, strict=True)}
+            assert np.allclose(np.reshape(marks["crosses"], (-1, 2)), np.reshape([places[i] for i in wrong], (-1, 2)), atol=1e-4)
+            assert axis.low <= marks["set"] <= axis.high and np.allclose(marks["ring"], [places[state.index]], atol=1e-4)
+            assert (marks["set"] == marks["honest"]) == (t == store.threshold["value"])
+
+
+def test_moving_the_threshold_sends_no_pictures(small, tmp_path):
+    board = Dashboard(small.runs, small.data, small.stores, tmp_path / "review.csv")
+    html, said, marks = board.view.html, board.view.texts, board.marks.marks
+    board.threshold.value = 0
+    assert board.view.html == html and board.view.texts != said and board.marks.marks != marks
+    assert "oracle" in board.view.texts["0"]
+    board.next.click()
+    assert board.view.html != html and board.view.texts["0"] in board.view.html
+
+
 # ---- what people say
 
 
@@ -315,21 +344,7 @@ def test_port_that_is_taken(small):
     check_port(int(str(e.value).rpartition("=")[2].rstrip(".")))
 
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
-CHROMIUM = os.environ.get("ZIPPER_AD_CHROMIUM", CHROMIUM)
-ARGUMENTS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync".split()
 MINUTE = 60_000  # milliseconds: only how long a busy machine may take
-
-
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'zipper_ad[dev]'")
-    if not CHROMIUM:
-        pytest.skip("no Chromium: install it (on Debian: apt-get install chromium), or name it in ZIPPER_AD_CHROMIUM")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=[f"--{a}" for a in ARGUMENTS])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -367,14 +382,20 @@ def test_in_a_browser(page, small, state, tmp_path):
 
     handle = page.locator(".jupyter-widgets", has_text="threshold").locator(".noUi-handle").first  # the slider is moved: oracle
     handle.focus()
-    before = counts.inner_text()
+    before, line = counts.inner_text(), page.locator(".zad-marks .set")
+    stood, chart = line.get_attribute("d"), page.locator(".js-plotly-plot").first.bounding_box()
+    assert page.locator(".zad-marks .crosses").get_attribute("d").count("M") == sum(state.counts()[k] for k in ("missed", "alarms"))
+    box = line.bounding_box()
+    assert chart["x"] < box["x"] < chart["x"] + chart["width"] and box["height"] > chart["height"] / 2
     for _ in range(3):
         handle.press("PageDown")
     shows(badge, "oracle")
     shows(counts, "oracle")
-    assert counts.inner_text() != before
+    assert counts.inner_text() != before and line.get_attribute("d") != stood
+    shows(said, "oracle")
     page.get_by_role("button", name="back to the honest threshold").click()
     shows(badge, "honest")
+    page.wait_for_function("d => document.querySelector('.zad-marks .set').getAttribute('d') === d", arg=stood)
 
     kind = sorted(set(state.store.kinds) - {"good"})[0]
     page.get_by_label("kind", exact=True).select_option(label=kind)

@@ -1,11 +1,16 @@
 """An archive's verdicts are those of `predict`, by whichever engine, after whatever stop; a bad picture is a row, wrong input a line."""
 
+import contextlib
+import errno
 import io
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import fsspec
@@ -216,6 +221,70 @@ def test_a_worker_that_dies_ends_the_job_with_a_line(made, pictures, tmp_path, m
         score_archive(made[1], pictures, tmp_path, workers=2, shard=4)
 
 
+def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, scored, tmp_path, refused, monkeypatch):
+    real, calls = archive.atomic_path, []
+
+    @contextlib.contextmanager
+    def full(path):
+        calls.append(path)
+        with real(path) as temporary:
+            if len(calls) == 4:  # archive.json and two shards were written
+                temporary.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            yield temporary
+
+    monkeypatch.setattr(archive, "atomic_path", full)
+    line = refused("score", f"run={made[1]}", f"data={pictures}", f"out={tmp_path}", "workers=1", "shard=4")
+    assert "No space left" in line and "free space" in line and "shard-00000002" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive.json", "shard-00000000.parquet", "shard-00000001.parquet"]
+    monkeypatch.undo()
+    counts = score_archive(made[1], pictures, tmp_path, workers=1, shard=4)
+    assert (counts["judged"], counts["skipped"]) == (3, 2) and shards(tmp_path) == shards(scored)
+
+
+def test_a_worker_that_is_killed_costs_its_shards_alone(made, pictures, scored, tmp_path):
+    "The real pool, and a real SIGKILL to one of its processes."
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        os.kill(children[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(InputError, match="a worker died.*run it again"):
+        score_archive(made[1], pictures, tmp_path, workers=2, shard=1)
+    killer.join()
+    assert not list(tmp_path.glob(".part-*"))
+    assert score_archive(made[1], pictures, tmp_path, workers=1, shard=1)["pictures"] == 18
+    assert read_scores(tmp_path).equals(read_scores(scored))
+
+
+def test_pictures_that_vanish_or_are_forbidden_become_rows(made, pictures, tmp_path, monkeypatch):
+    source = shutil.copytree(pictures, tmp_path / "in")
+    listed = archive.open_archive
+
+    def vanishing(*words):
+        found = listed(*words)
+        (source / "0.png").unlink()
+        return found
+
+    monkeypatch.setattr(archive, "open_archive", vanishing)
+    real = open
+
+    def forbidding(file, *words, **settings):
+        if str(file).endswith("6.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *words, **settings)
+
+    monkeypatch.setattr("builtins.open", forbidding)
+    assert score_archive(made[1], source, tmp_path / "out", workers=1, shard=4)["errors"] == 6
+    rows = {r["file"]: r["error"] for r in read_scores(tmp_path / "out").to_pylist()}
+    assert rows["0.png"] == "0.png: no such file. Check the path." and rows["6.png"].startswith("6.png: permission denied")
+    monkeypatch.undo()
+    shutil.copy(pictures / "0.png", source)
+    assert score_archive(made[1], source, tmp_path / "out", workers=1, shard=4, again=True)["errors"] == 4
+
+
 def test_errors_are_judged_again_when_asked(made, tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(4):
@@ -296,7 +365,7 @@ def test_wrong_archives(made, pictures, tmp_path):
 def test_a_missing_package_is_named(made, pictures, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, f"{missing}.parquet", raising=False)
-    with pytest.raises(InputError, match=rf"{missing}.*pip install 'zipper_ad\[scale\]'"):
+    with pytest.raises(InputError, match=rf'{missing}.*pip install "zipper_ad\[scale\]"'):
         score_archive(made[1], pictures, tmp_path, engine="ray" if missing == "ray" else "local", workers=1)
 
 

@@ -133,6 +133,21 @@ def test_card_of_a_real_training(trained):
     assert torch.__version__ in text
 
 
+def test_training_leaves_a_card_and_evaluating_renews_it(trained, tmp_path, cli):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    assert "Not yet" in (run / "card.md").read_text(encoding="utf-8")
+    assert cli("evaluate", f"run={run}", f"data={trained.data}").code == 0
+    measured = json.loads((run / "metrics.json").read_text())["image"]["auroc"]
+    assert f"| image auroc | {measured:.3f} (" in (run / "card.md").read_text(encoding="utf-8")
+    assert [f.level for f in check_run(run)].count("PROBLEM") == 0 and cli("doctor", f"run={run}").code == 0
+
+
+def test_text_from_outside_stays_text(ill):
+    hostile = "<img src=x onerror=alert(1)>"
+    rewrite(ill / "detector.json", lambda d: d["config"]["data"].update(root=hostile))
+    assert "<img" not in card(ill.rename(ill.with_name(hostile)))
+
+
 def test_a_broken_metrics_file_is_left_out(ill):
     (ill / "metrics.json").write_text("[1")
     assert "Not yet" in card(ill)

@@ -16,7 +16,9 @@ from zipper_ad.detector import Detector
 from zipper_ad.export import DetectorGraph, Preprocess, export_detector, export_path, fold_norms, resize_matrix, to_onnx
 from zipper_ad.models.head import Restorer
 from zipper_ad.picture import need
+from zipper_ad.pose import Upright
 from zipper_ad.predictor import Predictor, check_files, read_facts, refuse_pickles
+from zipper_ad.screw import render_screw
 from zipper_ad.synth import render_defect, render_zipper
 
 TINY = {
@@ -90,6 +92,21 @@ def test_graph_with_other_heads(head, photographs):
     with torch.inference_mode():
         score = DetectorGraph(detector)(torch.from_numpy(photographs[2])[None, ..., None])[0].item()
     assert score == pytest.approx(detector.predict(photographs[2]).score, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_parts_that_lie_at_any_angle(format, tmp_path):
+    x = torch.from_numpy(np.stack([render_screw(s, 64) for s in range(24)]))[:, None] / 255
+    config = make_config(["data.size=64", "data.pose=turned", *TINY["cnn"], "score.map=damage+l2"])
+    torch.manual_seed(0)
+    detector = Detector.fit(Restorer(config.model), x[8:], config, x[:8], upright=Upright().fit(x[:8]))
+    with torch.no_grad():
+        for p in detector.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    screws = [render_screw(s, 64) for s in range(100, 104)] + [render_screw(104, 80)]
+    expected = detector.predict(screws)
+    verdicts = Predictor(export_detector(detector, tmp_path, format), threads=1).predict(screws)
+    compare(verdicts, expected, 1e-3)  # sums in another order move the pixels of a turned part a little
 
 
 def test_graph_leaves_the_detector_alone(detectors, photographs):

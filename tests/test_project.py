@@ -30,8 +30,8 @@ LAYERS = {
     "lr_find": 3,
     "score": 4, "metrics": 4, "statistics": 4, "pixels": 4, "pod": 4,
     "detector": 5,
-    "interpret": 6, "report": 6, "training_report": 6, "tune": 6, "export": 6, "bench": 6, "scale": 6, "compare": 6, "predictor": 6,
-    "archive": 6, "care": 6, "watch": 6, "serve": 6,
+    "interpret": 6, "interpretation": 6, "report": 6, "training_report": 6, "tune": 6, "export": 6, "bench": 6, "scale": 6, "compare": 6,
+    "predictor": 6, "archive": 6, "care": 6, "watch": 6, "serve": 6,
     "cli": 7, "sweep": 7, "app": 7, "__main__": 8,
 }  # fmt: skip
 # importing fastai takes seconds, which `predict` and `-h` cannot wait for
@@ -318,7 +318,6 @@ def test_third_party_imports_are_required():
     extras = ("app_requirements", "serve_requirements", "scale_requirements")
     required = {Requirement(r).name.lower() for r in requirements("requirements", *extras)}
     required |= {"omegaconf", "fasttransform"}  # what hydra-core and fastai are built on
-    required |= {"starlette", "pydantic"}  # what fastapi is built on
     required |= {name.replace("-", "_") for name in required}  # as some packages spell themselves
     owners = importlib.metadata.packages_distributions()
     for module, tree in TREES.items():

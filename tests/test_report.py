@@ -1,6 +1,7 @@
 "Figures and reports: odd inputs, hostile names, and what must never happen to a page that a browser opens."
 
 import io
+import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,9 +12,19 @@ import pytest
 
 from zipper_ad.core import InputError
 from zipper_ad.detector import Verdict
-from zipper_ad.interpret import overlay, pick_examples, plot_roc, plot_scores, show_verdict, show_verdicts, verdict_panels
+from zipper_ad.interpret import (
+    overlay,
+    pick_examples,
+    plot_pr,
+    plot_pro,
+    plot_roc,
+    plot_scores,
+    show_verdict,
+    show_verdicts,
+    verdict_panels,
+)
 from zipper_ad.metrics import evaluate_scores
-from zipper_ad.report import write_report
+from zipper_ad.report import write_pdf, write_report
 from zipper_ad.score import Threshold, conformal_threshold
 
 THRESHOLD = conformal_threshold(np.linspace(0, 1, 39))
@@ -86,7 +97,7 @@ def test_hostile_text_stays_text(tmp_path):
     config = {HOSTILE: {"k": HOSTILE}}
     path = tmp_path / "r.html"
     page = checked(write_report(path, HOSTILE, metrics, verdicts, labels, kinds, masks, SCALE, config, HOSTILE, figure))
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text and "1 files got no verdict" in page.text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text and "Files without a verdict: 1" in page.text
 
 
 def test_name_that_is_not_text_can_be_written(tmp_path):
@@ -150,6 +161,93 @@ def test_interval_of_a_perfect_result_has_a_width(tmp_path):
     assert "AUROC 1.000, 95% interval 0.541\u00a0to\u00a01.000" in text
 
 
+# ---- on paper
+
+
+def pages_of(path):
+    "How many pages a PDF has, after checking that it is one to its end."
+    content = path.read_bytes()
+    assert content.startswith(b"%PDF") and content.rstrip().endswith(b"%%EOF")
+    return len(re.findall(rb"/Type /Page\b", content))
+
+
+@pytest.mark.parametrize("n_good,n_bad", [(6, 0), (0, 6), (6, 6)])
+def test_every_mixture_gives_a_pdf(tmp_path, n_good, n_bad):
+    metrics, *rest = results(n_good, n_bad, masks=n_bad > 0)
+    assert 2 <= pages_of(write_pdf(tmp_path / "r.pdf", "t", metrics, *rest, SCALE)) <= 8
+
+
+def test_hostile_text_on_paper(tmp_path):
+    metrics, verdicts, labels, kinds, masks = results()
+    for v in verdicts:
+        v.path = Path("$x$ \udcff \u202e.png")
+    verdicts[2] = Verdict(path=Path("$\\frac{.png"), error=HOSTILE * 20)
+    kinds = [HOSTILE if y else "good" for y in labels]
+    metrics["per_defect"] = {HOSTILE: metrics["per_defect"]["rough"]}
+    metrics["image"]["notes"] = [HOSTILE, "a\nb\x00c"]
+    assert pages_of(write_pdf(tmp_path / "r.pdf", HOSTILE, metrics, verdicts, labels, kinds, masks, SCALE, {HOSTILE: HOSTILE}, HOSTILE)) > 2
+
+
+def test_many_settings_run_over_pages(tmp_path):
+    metrics, *rest = results()
+    few = pages_of(write_pdf(tmp_path / "few.pdf", "t", metrics, *rest))
+    assert pages_of(write_pdf(tmp_path / "many.pdf", "t", metrics, *rest, config={f"k{i}": i for i in range(200)})) >= few + 2
+
+
+def test_a_failure_leaves_the_old_pdf(tmp_path):
+    metrics, verdicts, labels, kinds, masks = results()
+    (tmp_path / "r.pdf").write_text("old")
+    with pytest.raises(KeyError):
+        write_pdf(tmp_path / "r.pdf", "t", {"n": metrics["n"]}, verdicts, labels, kinds, masks)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("r.pdf", "old")]
+
+
+# ---- in a browser
+
+CONTRAST = """() => {
+  const light = (c) => c.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const rgb = (s) => s.match(/[\\d.]+/g).map(Number);
+  const ground = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
+  const found = [];
+  for (const e of document.body.querySelectorAll("*")) {
+    const text = [...e.childNodes].filter(n => n.nodeType === 3 && n.data.trim()).map(n => n.data.trim()).join(" ");
+    if (!text || !e.checkVisibility()) continue;
+    const [a, b] = [light(rgb(getComputedStyle(e).color).slice(0, 3)), light(ground(e))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) found.push(`${((a + 0.05) / (b + 0.05)).toFixed(2)} ${e.tagName} ${text.slice(0, 60)}`);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_can_be_read_by_everybody(tmp_path, browser, scheme):
+    "WCAG 2.1 AA, as far as a program can tell: contrast, headings, names, language; and not one request leaves the page."
+    metrics, verdicts, labels, kinds, masks = results(12, 12)
+    path = write_report(tmp_path / "r.html", "A detector", metrics, verdicts, labels, kinds, masks, SCALE, {"seed": 0}, "Rendered zippers.")
+    page, asked = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme=scheme), []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert page.evaluate(CONTRAST) == [], "text that is hard to read"
+    assert [a for a in asked if not a.startswith("data:")] == [path.as_uri()]
+    assert page.evaluate("document.documentElement.lang") == "en" and page.title() == "A detector"
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), levels
+    assert page.evaluate("[...document.images].filter(i => !i.alt.trim() || !i.complete || !i.naturalWidth).length") == 0
+    assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.caption && t.querySelector('th[scope=col]'))")
+    assert page.evaluate("[...document.querySelectorAll('[role=region]')].every(r => r.getAttribute('aria-label'))")
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    for width in (1000, 360):  # nothing sticks out sideways, on a telephone neither
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"at {width} pixels the page scrolls sideways"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement !== document.body"), "what scrolls cannot be reached by keyboard"
+    page.close()
+
+
 # ---- figures
 
 
@@ -198,6 +296,20 @@ def test_histogram_counts_every_image():
 def test_roc_marks_the_threshold():
     axes = plot_roc([0, 0, 1, 1], [0.1, 2, 0.5, 3], Threshold(1.0, 0.05, 0.05, 19), n_bootstrap=0).axes[0]
     assert [line.get_xydata().tolist() for line in axes.lines][-1] == [[0.5, 0.5]]
+
+
+def test_precision_curve_marks_the_threshold():
+    axes = plot_pr([0, 0, 1, 1], [0.1, 2, 0.5, 3], Threshold(1.0, 0.05, 0.05, 19), n_bootstrap=0).axes[0]
+    assert axes.lines[-1].get_xydata().tolist() == [[0.5, 0.5]]
+    silent = plot_pr([0, 0, 1, 1], [0.1, 2, 0.5, 3], Threshold(9.0, 0.05, 0.05, 19), n_bootstrap=20)
+    assert "at the threshold" not in [t.get_text() for t in silent.axes[0].get_legend().texts]  # no alarm has no precision
+
+
+def test_pro_band_holds_the_curve():
+    _, verdicts, labels, _, masks = results(12, 12)
+    axes = plot_pro([v.anomaly_map for v in verdicts], masks, n_bootstrap=100).axes[0]
+    band = axes.collections[0].get_paths()[0].get_extents()
+    assert 0 <= band.y0 and band.y1 <= 1.0001 and band.x1 == pytest.approx(0.3)
 
 
 def test_examples_are_disjoint_and_right():

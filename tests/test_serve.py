@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -408,12 +409,13 @@ def command(exported, tmp_path):
     running = []
 
     def start(*words):
-        command = [sys.executable, "-m", "zipper_ad", "serve", f"run={exported}", "port=0", *words]
+        words = words if any(w.startswith("port=") for w in words) else (*words, "port=0")
+        command = [sys.executable, "-m", "zipper_ad", "serve", f"run={exported}", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes))
-        line = running[0].stdout.readline()
-        assert line, running[0].stderr.read()
-        return running[0], int(re.search(r"127\.0\.0\.1:(\d+)/", line)[1])
+        line = running[-1].stdout.readline()
+        assert line, running[-1].stderr.read()
+        return running[-1], int(re.search(r"127\.0\.0\.1:(\d+)/", line)[1])
 
     yield start
     for process in running:
@@ -466,6 +468,28 @@ def test_real_command_ends_gently(command, judge, ending):
     assert status == 200 and json.loads(text)["score"] == judge.predict(read_bytes(WHOLE)).score
     assert process.wait(60) == 0
     assert process.stdout.read() == "the service has ended\n" and process.stderr.read() == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_senders_that_hang_up_and_a_service_that_is_killed(command, judge):
+    process, port = command()
+    head, expected = HEAD + b"Content-Length: %d\r\n\r\n" % len(WHOLE), judge.predict(read_bytes(WHOLE)).score
+    for sent in (HEAD, head, head + WHOLE[:50], HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(sent)
+    metrics = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    wait_until(lambda: "inside 0.0" in ask(port, metrics)[1])
+    assert json.loads(ask(port, head + WHOLE)[1])["score"] == expected
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head + WHOLE[:50])
+        wait_until(lambda: "inside 1.0" in ask(port, metrics)[1])
+        process.kill()
+        process.wait()
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(100) == b"", "no answer is an answer too: it is sent again"
+    assert "Traceback" not in process.stderr.read()
+    process, _ = command(f"port={port}")
+    assert json.loads(ask(port, head + WHOLE)[1])["score"] == expected
 
 
 # ---- the page

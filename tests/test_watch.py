@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -490,6 +491,59 @@ def test_a_drive_that_fails_makes_no_row_and_a_forbidden_file_does(folders, star
     clean(folders, 3)
 
 
+def test_a_database_that_another_program_holds_is_waited_for(folders, start, clock, caplog):
+    folder, out = folders
+    put(folder / "a.png")
+    watcher = start(settle=0)
+    watcher.ledger.db.execute("PRAGMA busy_timeout=0")  # half a minute otherwise
+    other = sqlite3.connect(out / "verdicts.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    clock.slept = lambda: other.in_transaction and clock.now > 1004 and other.execute("ROLLBACK")
+    assert drain(watcher) == [("a.png", "PASS")] and clock.now > 1004
+    assert len(caplog.messages) == 2 and "locked" in caplog.messages[0] and "works again" in caplog.messages[1]
+    other.close()
+    clean(folders, 1)
+
+
+def test_a_clock_that_jumps_backwards_changes_no_order(folders, start, monkeypatch):
+    "The wall clock is only written down: files are timed by the monotonic one, and verdicts are in order of their number."
+    folder, out = folders
+    hours = iter([12, 11, 10, 23, 1])
+
+    original, watcher = watch.datetime, start(settle=0)
+    monkeypatch.setattr(watch, "datetime", SimpleNamespace(now=lambda zone: original(2030, 1, 1, next(hours), tzinfo=zone)))
+    for i in range(5):
+        path = put(folder / f"{i}.png", seed=i)
+        os.utime(path, (1e9 - 1000 * i, 1e9 - 1000 * i))  # the sender's clock, too
+        drain(watcher)
+        if i == 2:
+            watcher = start_again(watcher, settle=0)
+    frame = read_verdicts(out)
+    assert list(frame.file) == [f"{i}.png" for i in range(5)] and list(frame.id) == [1, 2, 3, 4, 5]
+    assert [j[11:13] for j in frame.judged] == ["12", "11", "10", "23", "01"]
+    watcher.close()
+    clean(folders, 5)
+
+
+def test_folders_that_are_deleted_while_it_watches(folders, start, caplog):
+    folder, out = folders
+    put(folder / "a.png")
+    watcher = start(settle=0)
+    watcher.look()
+    shutil.rmtree(folder)  # what was found is gone
+    assert watcher.step() == 0 and drain(watcher) == [] and "trying again" in caplog.text
+    put(folder / "b.png")  # and the folder is back
+    assert drain(watcher) == [("b.png", "PASS")] and "works again" in caplog.messages[-1]
+    shutil.rmtree(out / "heatmaps")
+    put(folder / "c.png", seed=1)
+    assert len(drain(watcher)) == 2
+    shutil.rmtree(out)
+    put(folder / "d.png", seed=2)
+    watcher.look()
+    with pytest.raises(InputError, match="was removed"):
+        watcher.step()
+
+
 # ---- the CSV
 
 
@@ -555,6 +609,30 @@ def test_kill_and_restart_lose_and_repeat_nothing(folders):
     process.join(60)
     assert process.exitcode == 0
     clean(folders, 120)
+
+
+@fork
+def test_a_process_that_may_write_no_larger_files_waits_for_room(folders):
+    "As on a disk that is full: the system itself refuses, until it is told otherwise."
+    import resource
+
+    folder, out = folders
+    for i in range(200):
+        put(folder / f"{i}.png", seed=i)
+    process = launch(folders, settle=0, poll=0.05, bs=4)
+    wait_for(folders, 8)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    before = -1
+    while len(read_verdicts(out)) != before:  # until it stands still
+        before = len(read_verdicts(out))
+        time.sleep(0.5)
+    assert before < 200 and process.is_alive()
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wait_for(folders, 200)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 0
+    clean(folders, 200)
 
 
 @fork

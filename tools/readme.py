@@ -1,7 +1,7 @@
-"""Write README.md from nbs/index.ipynb, without Quarto.
+"""Write README.md from nbs/index.ipynb, without Quarto, and nbs/llms.txt, the website's table of contents for programs that read.
 
-    python tools/readme.py            # write README.md
-    python tools/readme.py --check    # only say whether README.md is up to date; exit code 1 if not
+    python tools/readme.py            # write both
+    python tools/readme.py --check    # only say whether both are up to date; exit code 1 if not
 
 Hidden cells are left out, and so are directives and the outputs of code that is not shown. Links and pictures, which are
 relative to nbs/ in the notebook, are made relative to the top folder. A picture must be a file (nbs/images/…), not an output.
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import yaml
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
@@ -66,15 +67,36 @@ def readme(notebook):
     return NOTE + from_top(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
 
 
+def title_of(notebook):
+    "(title, summary) of a notebook: its first heading, and the line that begins with `>`."
+    text = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells[:2] if c.cell_type == "markdown")
+    title, summary = re.search(r"^# (.+)$", text, re.MULTILINE), re.search(r"^> (.+)$", text, re.MULTILINE)
+    return title[1].strip("`"), summary[1] if summary else ""
+
+
+def llms(folder):
+    "The text of llms.txt (llmstxt.org) for the notebooks that the sidebar in `folder` lists."
+    contents = yaml.safe_load((folder / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    name, summary = title_of(folder / contents[0])
+    note = "Addresses are relative to this file. The notebooks are source, documentation and tests at once."
+    lines = [f"# {name}", "", f"> {summary}", "", note]
+    for section in contents[1:]:
+        lines += ["", f"## {section['section']}", ""]
+        for file in section["contents"]:
+            title, summary = title_of(folder / file)
+            lines.append(f"- [{title}]({file.removesuffix('.ipynb')}.html): {summary}")
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    source, target = ROOT / "nbs" / "index.ipynb", ROOT / "README.md"
-    text = readme(source)
-    same = target.exists() and target.read_text(encoding="utf-8") == text
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if same else "README.md differs from nbs/index.ipynb. Run: make readme")
-    if not same:
-        target.write_text(text, encoding="utf-8")
-    print(f"README.md: {'already up to date' if same else 'written'}")
+    texts = {ROOT / "README.md": readme(ROOT / "nbs" / "index.ipynb"), ROOT / "nbs" / "llms.txt": llms(ROOT / "nbs")}
+    for target, text in texts.items():
+        same = target.exists() and target.read_text(encoding="utf-8") == text
+        if "--check" in sys.argv[1:] and not same:
+            sys.exit(f"{target.name} differs from the notebooks. Run: make readme")
+        if not same:
+            target.write_text(text, encoding="utf-8")
+        print(f"{target.name}: {'already up to date' if same else 'written'}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['THUMB', 'STORE_FORMAT', 'REVIEWS', 'STEPS', 'GROUPS', 'ORDERS', 'MAX_UPLOAD', 'MODES', 'PARAMETERS', 'detector_key',
            'data_key', 'Store', 'open_store', 'prepare', 'Reviews', 'ReviewState', 'judge_upload', 'layers', 'blend',
-           'headline', 'draw_view', 'counts_html', 'badge_html', 'gallery_html', 'view_html', 'ScoreAxis', 'make_chart',
-           'fill_chart', 'move_chart', 'Page', 'Dashboard', 'dashboard_from_file', 'write_site', 'check_port', 'served',
-           'serve']
+           'headline', 'draw_view', 'counts_html', 'badge_html', 'gallery_html', 'said_html', 'view_html', 'ScoreAxis',
+           'make_chart', 'fill_chart', 'chart_marks', 'Marks', 'Page', 'Dashboard', 'dashboard_from_file', 'write_site',
+           'check_port', 'served', 'serve']
 
 # %% ../nbs/51_app.ipynb #f576a399
 import base64
@@ -30,6 +30,7 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
+# %% ../nbs/51_app.ipynb #963d891d
 import ipywidgets as W
 import matplotlib.pyplot as plt
 import numpy as np
@@ -143,9 +144,12 @@ def verdict(
     self: Store,
     i: int,  # which image
     threshold: float | None = None,  # on the scale of the scores; None: the detector's own
+    pictures: bool = True,  # False leaves out map, mask and pictures
 ) -> Verdict:
     "The verdict on an image, its score held against this threshold. The marked pixels are those of the detector's own pixel threshold."
     limit = self.threshold["value"] if threshold is None else threshold
+    if not pictures:
+        return Verdict(float(self.scores[i]), float(self.p_values[i]), bool(self.scores[i] > limit), path=Path(self.files[i]))
     image, reconstruction = (np.float32(self.arrays[k][i]) / 255 for k in ("images", "reconstructions"))
     return Verdict(float(self.scores[i]), float(self.p_values[i]), bool(self.scores[i] > limit), np.float32(self.arrays["maps"][i]),
                    self._bits("marked", i), image, reconstruction, Path(self.files[i]))
@@ -423,7 +427,7 @@ def _in_group(self: ReviewState) -> np.ndarray:
         return np.array([any(self.reviews.said(f)) for f in self.store.files])
     return groups.get(self.group, np.ones(len(labels), bool))
 
-
+# %% ../nbs/51_app.ipynb #44d343c2
 @patch
 def listed(self: ReviewState) -> list[int]:
     "Indices of the images of the chosen kind, group and span of scores, in the chosen order."
@@ -458,12 +462,15 @@ def step(
 
 # %% ../nbs/51_app.ipynb #93229359
 @patch
-def shown(self: ReviewState) -> dict[str, Verdict]:
+def shown(
+    self: ReviewState,
+    pictures: bool = True,  # False: the scores alone, which costs next to nothing
+) -> dict[str, Verdict]:
     "The verdicts in view: the chosen detector's and, where one is compared with, the second's."
     names = [self.model] + ([self.second] if self.second and self.second != self.model else [])
     if self.upload:
         return {n: replace(v, is_anomalous=v.score > self.thresholds[n]) for n, v in self.upload[1].items() if n in names}
-    return {n: self.stores[n].verdict(self.index, self.thresholds[n]) for n in names}
+    return {n: self.stores[n].verdict(self.index, self.thresholds[n], pictures) for n in names}
 
 
 @patch
@@ -624,7 +631,7 @@ def _call(state: ReviewState, i: int) -> tuple[str, str]:
     words = {(True, True): "found", (False, True): "missed", (True, False): "false alarm", (False, False): "passed"}
     return ("wrong" if anomalous != defective else "defective" if defective else "good"), words[bool(anomalous), bool(defective)]
 
-
+# %% ../nbs/51_app.ipynb #3efd85cb
 def gallery_html(
     state: ReviewState,  # what is chosen
     page: int = 0,  # counted from 0
@@ -647,6 +654,17 @@ def gallery_html(
     return f'<div class="head"><b>{head}</b> {turn}</div><div class="cards">{"".join(cards) or "No image matches."}</div>'
 
 # %% ../nbs/51_app.ipynb #882bfba9
+def said_html(
+    state: ReviewState,  # what is in view
+) -> dict[str, str]:
+    "What each detector in view says, by its number: all of the view that changes with a threshold."
+    said = {}
+    for model, verdict in state.shown(pictures=False).items():
+        look, text = "defective" if verdict.is_anomalous else "good", headline(verdict, state.thresholds[model], state.is_honest(model))
+        said[str(len(said))] = f'<p class="said {look}"><b>{escape(model)}</b> {text}</p>'
+    return said
+
+
 def _pair_html(title: str, lower, upper, mode: str, side: int) -> str:
     "One picture, or two on top of each other."
     look = {"overlay": "fade", "swipe": "wipe"}.get(mode, "")
@@ -655,7 +673,7 @@ def _pair_html(title: str, lower, upper, mode: str, side: int) -> str:
                      for place, picture, alt in (("lower", lower, alts[0]), ("upper", upper, alts[1])) if picture is not None)
     return f'<figure style="width:{side}px"><div class="pair {look}">{images}</div><figcaption>{title}</figcaption></figure>'
 
-
+# %% ../nbs/51_app.ipynb #4174f0c8
 def view_html(
     state: ReviewState,  # what is in view
     mode: str = "side by side",  # one of `MODES`
@@ -663,14 +681,12 @@ def view_html(
     "The image in view in the chosen way, one row a detector."
     mask, rows = state.mask_in_view(), []
     name = state.upload[0] if state.upload else f"{state.store.kinds[state.index]}: {state.store.files[state.index]}"
-    shown = state.shown()
+    shown, texts = state.shown(), said_html(state)
     for model, verdict in shown.items():
-        said = headline(verdict, state.thresholds[model], state.is_honest(model))
         side = 200 if mode == "side by side" else 400 if len(shown) == 1 else 380
         pictures = "".join(_pair_html(t, *pair, mode, side) for t, pair in layers(verdict, mask, state.stores[model].scale, mode).items())
-        look = "defective" if verdict.is_anomalous else "good"
-        said = f'<p class="said {look}"><b>{escape(model)}</b> {said}</p>'
-        rows.append(f'<section class="row">{said}<div class="panels">{pictures}</div></section>')
+        k = str(len(rows))
+        rows.append(f'<section class="row"><div data-text="{k}">{texts[k]}</div><div class="panels">{pictures}</div></section>')
     key = "cyan line: marked by the detector" + ("" if mask is None else "; dashed line: true fault")
     flow = "down" if mode == "side by side" else "across"
     return f'<h3><bdi>{escape(name)}</bdi></h3><div class="{flow}">{"".join(rows)}</div><p class="key">{key}</p>'
@@ -724,7 +740,7 @@ def _bins(places: np.ndarray, cut: float, axis: ScoreAxis, n: int = 36) -> np.nd
 
 
 def make_chart() -> go.FigureWidget:
-    "An empty chart: histogram over dots, and ROC; `fill_chart` and `move_chart` put a state into it."
+    "An empty chart: histogram over dots, and ROC; `fill_chart` puts a state into it, and `chart_marks` says what lies on top."
     fig = go.FigureWidget(make_subplots(2, 2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[0.68, 0.32], row_heights=[0.5, 0.5],
                                         shared_xaxes="columns", horizontal_spacing=0.09, vertical_spacing=0.04))  # fmt: skip
     plain = {"hovertemplate": "%{text}<extra></extra>"}
@@ -737,15 +753,10 @@ def make_chart() -> go.FigureWidget:
 
 # %% ../nbs/51_app.ipynb #28a0e07e
 def _dress(fig: go.FigureWidget):
-    "The look, and four shapes: the honest threshold, dashed; the one that is set; a ring around the image in view; a disc on the curve."
-    line = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "opacity": 1}
-    disc = {"type": "circle", "opacity": 1, "fillcolor": "rgba(0,0,0,0)", "xsizemode": "pixel", "ysizemode": "pixel", "visible": False}
-    ring, point = ({**disc, "x0": -r, "x1": r, "y0": -r, "y1": r, "line": {"color": "#000000", "width": 2}} for r in (9, 7))
+    "The look. The axes know their range: one that finds its own is computed again at every change."
     fig.update_layout(
         template="simple_white", height=330, margin={"l": 10, "r": 10, "t": 28, "b": 10}, barmode="overlay", hovermode="closest", bargap=0,
         legend={"orientation": "h", "y": 1.12, "x": 0}, font={"size": 12}, clickmode="event",
-        shapes=[{**line, "line": {"dash": "dash", "width": 2, "color": "#555555"}}, {**line, "line": {"width": 3, "color": "#000000"}},
-                {**ring, "xref": "x3", "yref": "y3"}, {**point, "xref": "x2", "yref": "y2", "fillcolor": COLOURS["defective"]}],
     )
     fig.update_yaxes(title_text="images", row=1, col=1)
     fig.update_xaxes(title_text="score, higher is more anomalous", row=2, col=1)
@@ -816,35 +827,86 @@ def fill_chart(
         places, texts = axis.ticks()
         for row in (1, 2):
             fig.update_xaxes(tickvals=places, ticktext=texts, range=[axis.low, axis.high], row=row, col=1)
-        honest = float(axis.to(state.store.threshold["value"]))
-        fig.layout.shapes[0].update(x0=honest, x1=honest)
-    move_chart(fig, state, axis)
 
 # %% ../nbs/51_app.ipynb #9637963e
-def move_chart(
+def chart_marks(
     fig: go.FigureWidget,  # filled by `fill_chart`
-    state: ReviewState,  # with another threshold or image
+    state: ReviewState,  # with a threshold and an image in view
     axis: ScoreAxis | None = None,  # None: that of the state
-):
-    "Move the line of the threshold, the point on the curve and the ring, and cross out what is on the wrong side."
+) -> dict:
+    "What lies on the chart: both thresholds, crosses on the wrong side, a ring around the image in view, the point on the curve."
     axis, t = axis or state.axis(), state.thresholds[state.model]
-    place, s, chosen = float(np.clip(axis.to(t), axis.low, axis.high)), state.store, np.flatnonzero(state.counted())
-    wrong = (s.scores[chosen] > t) != s.labels[chosen]
+    place = lambda score: float(np.clip(axis.to(score), axis.low, axis.high))  # noqa: E731
     dots, = fig.select_traces({"name": "images"})
-    symbols, at = np.where(wrong, "x-thin-open", "circle").tolist(), np.flatnonzero(chosen == state.index) if not state.upload else []
-    (found, of, _), (alarms, good, _) = state.rates()["recall"], state.rates()["false alarms"]
-    shapes = [{"x0": place, "x1": place},
-              {"visible": bool(len(at)), **({"xanchor": float(dots.x[at[0]]), "yanchor": float(dots.y[at[0]])} if len(at) else {})},
-              {"visible": bool(good and of), **({"xanchor": alarms / good, "yanchor": found / of} if good and of else {})}]
-    fig.plotly_relayout({f"shapes[{i}].{k}": v for i, shape in enumerate(shapes, 1) for k, v in shape.items()})  # cheap: no data change
-    if symbols != list(dots.marker.symbol or []):
-        dots.marker.symbol = symbols
+    x, y, chosen = np.asarray(dots.x), np.asarray(dots.y), np.flatnonzero(state.counted())
+    wrong = (state.store.scores[chosen] > t) != state.store.labels[chosen]
+    view = np.zeros_like(wrong) if state.upload else chosen == state.index
+    rates = state.rates()
+    (found, of, _), (alarms, good, _) = rates["recall"], rates["false alarms"]
+    pairs = lambda where: np.stack([x[where], y[where]], 1).round(5).tolist()  # noqa: E731
+    return {"honest": place(state.store.threshold["value"]), "set": place(t), "crosses": pairs(wrong), "ring": pairs(view),
+            "point": [[alarms / good, found / of]] if good and of else []}
+
+# %% ../nbs/51_app.ipynb #44554e69
+_draw_marks = """
+function render({ model, el }) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  let gd = null;
+  const draw = () => {
+    const full = gd._fullLayout, m = model.get("marks");
+    if (!full || !full.xaxis3 || !m.crosses) return;
+    if (svg.parentNode !== gd) { gd.style.position = "relative"; gd.append(svg); }
+    const on = (axis, value) => axis._offset + axis.d2p(value);
+    const inside = (axis, at) => at >= axis._offset - 1 && at <= axis._offset + axis._length + 1;
+    const places = (name, pairs) => pairs.map(([x, y]) => [on(full["xaxis" + name], x), on(full["yaxis" + name], y)])
+      .filter(([x, y]) => inside(full["xaxis" + name], x) && inside(full["yaxis" + name], y));
+    const line = (name, x) => inside(full.xaxis3, x)
+      ? `<path class="${name}" d="M${x} ${full.yaxis._offset}V${full.yaxis3._offset + full.yaxis3._length}"/>` : "";
+    const crosses = places(3, m.crosses).map(([x, y]) => `M${x - 4} ${y - 4}l8 8m0-8l-8 8`).join("");
+    const discs = (name, pairs, r) => pairs.map(([x, y]) => `<circle class="${name}" cx="${x}" cy="${y}" r="${r}"/>`).join("");
+    svg.innerHTML = `<path class="crosses" d="${crosses}"/>` + line("honest", on(full.xaxis3, m.honest))
+      + line("set", on(full.xaxis3, m.set)) + discs("ring", places(3, m.ring), 9) + discs("point", places(2, m.point), 7);
+  };
+"""  # JavaScript
+
+# %% ../nbs/51_app.ipynb #93345af6
+_draw_marks += """
+  const find = () => {
+    gd = el.closest(".zad-chart")?.querySelector(".js-plotly-plot");
+    if (!gd?.on || !gd._fullLayout) return setTimeout(find, 50);
+    svg.setAttribute("class", "zad-marks");
+    gd.on("plotly_afterplot", draw);
+    draw();
+  };
+  model.on("change:marks", () => gd?._fullLayout && draw());
+  find();
+}
+export default { render };
+"""
+_marks_style = """
+.zad-marks { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; fill: none; stroke: #000; stroke-width: 2 }
+.zad-marks .crosses { stroke-width: 1.4 }
+.zad-marks .honest { stroke: #555; stroke-dasharray: 6 4 }
+.zad-marks .set { stroke-width: 3 }
+.zad-marks .point { fill: #e69f00 }
+"""
+
+
+class Marks(anywidget.AnyWidget):
+    "Draws what `chart_marks` gives over the Plotly chart in the same element of class `zad-chart`."
+
+    marks = traitlets.Dict().tag(sync=True)
+    _esm, _css = _draw_marks, _marks_style
 
 # %% ../nbs/51_app.ipynb #cad00e1d
 _behaviour = """
 function render({ model, el }) {
   el.classList.add("zad");
-  const draw = () => { el.innerHTML = model.get("html"); };
+  const fill = () => {
+    for (const [name, text] of Object.entries(model.get("texts")))
+      for (const place of el.querySelectorAll(`[data-text="${name}"]`)) place.innerHTML = text;
+  };
+  const draw = () => { el.innerHTML = model.get("html"); fill(); };
   const slide = () => el.style.setProperty("--at", model.get("at"));
   el.addEventListener("click", (event) => {
     const found = event.target.closest("[data-send]");
@@ -856,6 +918,10 @@ function render({ model, el }) {
     if (file.size > model.get("most")) model.send({ refused: file.name, size: file.size });
     else model.send({ upload: file.name }, undefined, [await file.arrayBuffer()]);
   });
+"""  # JavaScript
+
+# %% ../nbs/51_app.ipynb #f6cd9cf1
+_behaviour += """
   model.on("msg:custom", (message, buffers) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([buffers[0]], { type: message.type }));
@@ -863,6 +929,7 @@ function render({ model, el }) {
     link.click();
   });
   model.on("change:html", draw);
+  model.on("change:texts", fill);
   model.on("change:at", slide);
   draw();
   slide();
@@ -920,6 +987,7 @@ class Page(anywidget.AnyWidget):
     "HTML whose buttons and files speak to Python: `data-send` is sent when clicked, `data-upload` marks a file input."
 
     html = traitlets.Unicode().tag(sync=True)
+    texts = traitlets.Dict().tag(sync=True)  # name to HTML, for elements with that `data-text`: what changes while pictures stay
     at = traitlets.Float(0.5).tag(sync=True)  # the CSS variable --at
     most = traitlets.Int(MAX_UPLOAD).tag(sync=True)  # bytes that may be sent
     _esm, _css = _behaviour, _style
@@ -944,7 +1012,7 @@ def _menu(label: str, options, value) -> W.Dropdown:
     return W.Dropdown(description=label, options=options, value=value, layout=W.Layout(width="auto", min_width="190px"),
                       style={"description_width": "initial"})  # fmt: skip
 
-
+# %% ../nbs/51_app.ipynb #8d02bc7c
 class Dashboard(W.VBox):
     "Explore the verdicts of one or more detectors on a labelled test set. Shows itself in a notebook."
 
@@ -991,7 +1059,7 @@ def _make_controls(self: Dashboard, data_name: str):
 @patch
 def _make_views(self: Dashboard):
     "What shows, and what is said of an image."
-    self.badge, self.counts, self.chart = W.HTML(), W.HTML(), make_chart()
+    self.badge, self.counts, self.chart, self.marks = W.HTML(), W.HTML(), make_chart(), Marks()
     self.view, self.gallery, self.bar = Page(), Page(), Page()
     self.mode = W.ToggleButtons(options=MODES, style={"button_width": "110px"})
     self.at = W.FloatSlider(0.5, min=0, max=1, step=0.01, description="opacity", readout=False)
@@ -1004,13 +1072,14 @@ def _make_views(self: Dashboard):
     self.bar.html = ('<label class="drop">Judge a picture of your own (choose it, or drop it on the button): '
                      f'<input type="file" accept="image/*" data-upload> <small>at most {MAX_UPLOAD / 1e6:.0f} MB</small></label>')
 
-
+# %% ../nbs/51_app.ipynb #881fad6e
 @patch
 def _arrange(self: Dashboard):
     "Put the parts in their places."
     row = lambda *parts: W.HBox(parts, layout=W.Layout(flex_flow="row wrap", align_items="center"))  # noqa: E731
     column = lambda width, *parts: W.VBox(parts, layout=W.Layout(width=width, min_width="300px"))  # noqa: E731
-    chart = column("64%", self.chart, self.threshold, self.alarms, row(self.exact, self.honest))
+    chart = column("64%", self.chart, self.marks, self.threshold, self.alarms, row(self.exact, self.honest))
+    chart.add_class("zad-chart")
     say = column("28%", self.review, self.note, self.save, row(self.to_png, self.to_csv), self.bar, self.status)
     view = column("70%", row(self.image, self.before, self.next), row(self.mode, self.at), self.view)
     self.children = [
@@ -1038,6 +1107,7 @@ def choose(self: Dashboard):
     with _quietly(self):
         self.alarms.max = len(self.state.store.calibration_scores)
     self.move()
+    self.look()
 
 
 @patch
@@ -1057,8 +1127,8 @@ def move(self: Dashboard):
         self.exact.value, self.alarms.value = float(f"{t:.6g}"), state.alarms()
     self.honest.disabled = state.is_honest()
     self.badge.value, self.counts.value = badge_html(state), counts_html(state)
+    self.marks.marks, self.view.texts = chart_marks(self.chart, state, self.axis), said_html(state)
     self.relist()
-    self.look()
 
 
 @patch
@@ -1072,8 +1142,9 @@ def relist(self: Dashboard, page: int = 0):
 def look(self: Dashboard):
     "Show the image in view, and what was said of it."
     state, own = self.state, self.state.upload is not None
-    self.view.html = view_html(state, self.mode.value)
-    move_chart(self.chart, state, self.axis)
+    with self.view.hold_sync():
+        self.view.html, self.view.texts = view_html(state, self.mode.value), said_html(state)
+    self.marks.marks = chart_marks(self.chart, state, self.axis)
     review, note = ("", "") if own else state.reviews.said(state.store.files[state.index])
     with _quietly(self):
         self.image.value = None if own else state.index

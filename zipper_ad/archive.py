@@ -11,7 +11,6 @@ __all__ = ['logger', 'FORMAT', 'open_store', 'Archive', 'open_archive', 'Shard',
 # %% ../nbs/62_archive.ipynb #a77d425c
 import contextlib
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -35,17 +34,14 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import InputError, atomic_path
-from .picture import IMAGE_SUFFIXES, SUFFIXES, Judge, Verdict, read_image
+from .picture import IMAGE_SUFFIXES, SUFFIXES, Judge, Verdict, need, read_image
 
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/62_archive.ipynb #e88fa1af
 def _need(module: str):
     "The module, imported; `InputError` with the remedy where it is not installed."
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise InputError(f"archives need the package {e.name}, which is not installed. Run: pip install 'zipper_ad[scale]'") from e
+    return need(module, "an archive", "scale")
 
 
 def open_store(
@@ -285,17 +281,11 @@ def _row(name: str, threshold: float) -> dict:
             "regions": [], "error": None}  # fmt: skip
 
 
-def _read(thing, name: str, channels: int, scratch: Path) -> np.ndarray:
+def _read(thing, name: str, channels: int) -> np.ndarray:
     "The picture as `read_image` gives it; errors name the picture in the archive."
     if isinstance(thing, InputError):
         raise InputError(f"{name}: {thing}")
-    path = thing
-    if isinstance(thing, bytes):
-        (path := scratch / "picture").write_bytes(thing)
-    try:
-        return read_image(path, channels)
-    except InputError as e:
-        raise InputError(str(e).replace(str(path), name)) from None
+    return read_image(thing, channels, name)
 
 
 def _verdicts(judge: Judge, pictures: list) -> list[Verdict | str]:
@@ -320,25 +310,24 @@ def judge_rows(
 
     def finish():
         for (row, _), v in zip(waiting, _verdicts(judge, [p for _, p in waiting]) if waiting else [], strict=True):
-            if isinstance(v, str):
-                row["error"] = f"{row['file']}: {v}"
+            if isinstance(v, str) or v.error:
+                row["error"] = f"{row['file']}: {v if isinstance(v, str) else v.error.partition(': ')[2]}"
                 continue
             row |= {"score": v.score, "p_value": v.p_value, "is_anomalous": v.is_anomalous}
             row["regions"] = find_regions(v.anomaly_map, v.mask, row["width"], row["height"], regions)
         waiting.clear()
 
-    with tempfile.TemporaryDirectory(prefix="zipper_ad-") as scratch:
-        for name, thing in things:
-            rows.append(row := _row(name, judge.threshold.value))
-            try:
-                array = _read(thing, name, channels, Path(scratch))
-                waiting.append((row, judge.prepare(array)))
-                row["height"], row["width"] = array.shape[:2]
-            except InputError as e:
-                row["error"] = str(e)
-            if len(waiting) == batch:
-                finish()
-        finish()
+    for name, thing in things:
+        rows.append(row := _row(name, judge.threshold.value))
+        try:
+            array = _read(thing, name, channels)
+            waiting.append((row, judge.prepare(array)))
+            row["height"], row["width"] = array.shape[:2]
+        except InputError as e:
+            row["error"] = str(e)
+        if len(waiting) == batch:
+            finish()
+    finish()
     return rows
 
 # %% ../nbs/62_archive.ipynb #3f2dbc4a

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,8 +173,8 @@ def _read(file: Path) -> dict:
 
 
 def _table(rows: dict, heads: tuple[str, str] = ("what", "")) -> list[str]:
-    "Lines of a Markdown table, without what is not known."
-    kept = {k: str(v).replace("|", "\\|").replace("\n", " ") for k, v in rows.items() if v is not None and v != ""}
+    "Lines of a Markdown table, without what is not known. Text from outside stays text, where Markdown would take it for HTML."
+    kept = {k: escape(str(v), quote=False).replace("|", "\\|").replace("\n", " ") for k, v in rows.items() if v is not None and v != ""}
     return [f"| {heads[0]} | {heads[1]} |", "|---|---|", *(f"| {k} | {v} |" for k, v in kept.items()), ""] if kept else []
 
 
@@ -238,7 +239,7 @@ def card(
     changed.pop("data.root", None)
     digests = {f"`{n}`": f"`{_digest(run / n)}`" for n in ("detector.json", "weights.safetensors")}
     lines = [
-        f"# Detector {run.resolve().name}", "",
+        f"# Detector {escape(run.resolve().name, quote=False)}", "",
         "Judges photographs of one kind of part: is it like the good ones? "
         f"{config.model.name}, preset {config.preset}, seed {config.seed}; score from {' + '.join(detector.map_kinds)}.", "",
         *_origin(facts, config, _read(run / "training.json"), _read(run / "recalibration.json")),

@@ -255,6 +255,7 @@ def _check_early(config):
 # %% ../nbs/50_cli.ipynb #9822089f
 def _train(config, folder: Path, resume: bool = False):
     "Train, calibrate and save: the detector. Of several processes only the first has it, the others None."
+    from zipper_ad.care import write_card
     from zipper_ad.data import fingerprint
     from zipper_ad.detector import Detector
     from zipper_ad.distributed import is_main
@@ -275,6 +276,7 @@ def _train(config, folder: Path, resume: bool = False):
     detector.save(folder)
     forget_state(folder)
     training_report(folder)
+    write_card(folder)
     logger.info("trained on %d normal pictures, threshold %.4g from %d others", len(split.train), detector.threshold.value,
                 detector.threshold.n_calibration)
     return detector
@@ -461,6 +463,7 @@ def write_json(
 @command("evaluate")
 def evaluate(pairs):
     "Measure a detector on labelled pictures: run=RUN data=DIR [out=FILE]"
+    from zipper_ad.care import write_card
     from zipper_ad.detector import Detector
 
     run, root = _option(pairs, "run", str), _option(pairs, "data", str)
@@ -470,6 +473,8 @@ def evaluate(pairs):
         raise InputError(f"{out}: is a folder. Give out= the name of a file, for example {out}/metrics.json.")
     metrics, *_ = Detector.load(run, device).evaluate(root, progress=True)
     write_json(metrics, out)
+    if Path(out) == Path(run) / "metrics.json":
+        write_card(run)  # it tells what was measured
     print(describe_metrics(metrics), f"\nwritten to {out}", sep="")
 
 # %% ../nbs/50_cli.ipynb #53a9c8da
@@ -831,6 +836,8 @@ DEMO_EPOCHS = 40  # about four minutes on two processor cores
 @command("demo")
 def demo(pairs):
     "Render zippers, train a detector, measure it, write a report: [out=runs/demo n_train=200 n_test=20 size=256 seed=0 …]"
+    from zipper_ad.care import write_card
+
     out, n_train, n_test = Path(_option(pairs, "out", "runs/demo")), _option(pairs, "n_train", 200), _option(pairs, "n_test", 20)
     size, seed = _option(pairs, "size", 256), _option(pairs, "seed", 0)
     if "data" in pairs or "data.root" in pairs:
@@ -844,6 +851,7 @@ def demo(pairs):
     detector = _train(config, folder)
     metrics, verdicts, dataset = detector.evaluate(data, progress=True)
     write_json(metrics, folder / "metrics.json")
+    write_card(folder)
     print(f"measured on {DEMO_NOTE}:", describe_metrics(metrics), sep="\n")
     page = _report(folder / "report.html", "A detector of bad zippers", DEMO_NOTE, detector, metrics, verdicts, dataset)
     print(f"report: {page}")

@@ -560,7 +560,7 @@ def load_config(
         raise InputError(f"{path}: no such file. Give the config.yaml of a run.")
     try:
         return config_from_dict(OmegaConf.to_object(OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as e:  # ValueError: our own, and what is no text
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise InputError(f"{path}: {' '.join(str(e).split())[:200]}") from e
 
 # %% ../nbs/01_config.ipynb #2191e194

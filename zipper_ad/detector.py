@@ -319,9 +319,9 @@ def _read_facts(folder: Path) -> dict:
             raise InputError(f"{file}: format {facts['format']}, by zipper_ad {facts['version']}; this version reads format {FORMAT}. "
                              "Train again, or install that version.")
         return facts
-    except (ValueError, KeyError, TypeError) as e:
-        if isinstance(e, InputError):
-            raise
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{file}: damaged ({type(e).__name__}: {e}). Restore it from a copy, or train again.") from e
 
 # %% ../nbs/32_detector.ipynb #2676a4dd
@@ -339,9 +339,9 @@ def load(
         raise InputError(f"{folder}: weights.safetensors is not the one that detector.json was written with. Restore both, or train again.")
     try:
         return _rebuild(cls, facts, tensors, device)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
-        if isinstance(e, InputError):
-            raise
+    except InputError as e:  # of what stands in the folder, so that must be said
+        raise InputError(f"{folder}: {e}") from e
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, MemoryError) as e:
         reason = " ".join(str(e).split())[:160]
         raise InputError(f"{folder}: settings and weights do not fit ({reason}). Restore it from a copy, or train again.") from e
 

@@ -34,6 +34,7 @@ from .corrupt import probe
 from .detector import Detector, witnesses
 from .losses import _gaussian_band, ssim_error
 from .picture import EXPORT_FORMAT, OUTPUTS, SIDES, SUFFIXES, need
+from .pose import search_poses, turn, turn_back
 from .score import _gaussian_matrix, enlarge, error_map, fuse, pool, smooth
 
 logger = logging.getLogger(__name__)
@@ -163,8 +164,6 @@ class DetectorGraph(nn.Module):
         super().__init__()
         if detector.threshold is None:
             raise InputError("this detector has no threshold yet: make it with Detector.fit, or load a fitted one.")
-        if detector.upright is not None:
-            raise InputError("data.pose=turned: a detector that turns parts upright cannot be exported yet. Use the detector itself.")
         config, self.kinds, self.dtype = detector.config, detector.map_kinds, dtype
         self.score, self.threshold = config.score, detector.threshold.value
         self.preprocess = Preprocess(config.data.size, config.data.channels, resize)
@@ -174,12 +173,17 @@ class DetectorGraph(nn.Module):
         side //= self.score.stride
         self.smooth = Banded(torch.from_numpy(_gaussian_matrix(side, sigma * side / 256))) if sigma else nn.Identity()
         self.locations = nn.ModuleDict({k: Calibration(v) for k, v in detector.locations.items()})
+        self.register_buffer("template", None if detector.upright is None else detector.upright.shifted().cpu())
         self.register_buffer("calibration_scores", torch.tensor(detector.calibration_scores, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
     def forward(self, image):
-        fused = enlarge(fuse(*witnesses(self.maps(self.preprocess(image)))), self.score.stride)
+        x, pose = self.preprocess(image), None
+        if self.template is not None:
+            x = turn(x, pose := search_poses(x, self.template))
+        fused = enlarge(fuse(*witnesses(self.maps(x))), self.score.stride)
         score = pool(fused, self.score.pool, self.score.topk)
+        fused = fused if pose is None else turn_back(fused, pose)
         as_high = (self.calibration_scores >= score[:, None]).sum(1)
         return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HEAT', 'drawn', 'overlay', 'verdict_panels', 'show_verdict', 'show_verdicts', 'plot_scores', 'plot_roc',
-           'plot_pro', 'pick_examples']
+           'plot_pr', 'plot_pro', 'pick_examples']
 
 # %% ../nbs/40_interpret.ipynb #c7c5f640
 from collections import defaultdict
@@ -19,9 +19,22 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 from scipy import ndimage
+from sklearn.metrics import auc
 
 from .core import InputError, to_array
-from .metrics import aupro, auroc, bootstrap_interval, pro_curve, roc_band, roc_points
+from zipper_ad.metrics import (
+    _cumulative_counts,
+    _known_pixels,
+    _pixel_curves,
+    _resample_counts,
+    auprc,
+    auroc,
+    bootstrap_interval,
+    pr_points,
+    pro_curve,
+    roc_band,
+    roc_points,
+)
 from .score import Threshold
 
 # %% ../nbs/40_interpret.ipynb #dab78c93
@@ -30,7 +43,7 @@ COLOURS = {"good": "#0072B2", "defective": "#E69F00", "wrong": "#000000",  # poi
 HEAT = ListedColormap(plt.colormaps["inferno"](np.linspace(0, 0.88, 256)), "heat")  # without the palest yellow
 _look = {
     "figure.facecolor": "white", "figure.dpi": 100, "savefig.dpi": 110, "figure.constrained_layout.use": True,
-    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
+    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#dddddd",
 }  # fmt: skip
 
@@ -174,7 +187,7 @@ def show_verdict(
     for ax, (name, picture) in zip(axes, panels.items(), strict=True):
         _bare(ax)
         ax.imshow(picture, vmin=0, vmax=1)
-        ax.set_title(name, fontsize=9, loc="center")
+        ax.set_title(name, fontsize=10, loc="center")
     low, high = scale or (np.median(verdict.anomaly_map), verdict.anomaly_map.max())
     fig.colorbar(ScalarMappable(Normalize(low, high), HEAT), ax=axes[-2], fraction=0.046, extend="both" if scale else "neither")
     fig.suptitle(_headline(verdict, kind), x=0.01, ha="left", fontsize=11)
@@ -201,7 +214,7 @@ def _show_row(axes, verdict, true_mask, scale, kind):
     for ax, (name, picture) in zip(axes, verdict_panels(verdict, true_mask, scale).items(), strict=False):
         _bare(ax)
         ax.imshow(picture, vmin=0, vmax=1)
-        ax.set_title(name if ax.get_subplotspec().is_first_row() else "", fontsize=9, loc="center")
+        ax.set_title(name if ax.get_subplotspec().is_first_row() else "", fontsize=10, loc="center")
 
 # %% ../nbs/40_interpret.ipynb #7492b7aa
 @drawn
@@ -339,7 +352,7 @@ def plot_roc(
     if n_bootstrap:
         ax.fill_between(*roc_band(labels, scores, n_bootstrap), color=COLOURS["good"], alpha=0.18, lw=0, label="95% band")
     ax.plot(fpr, tpr, color=COLOURS["good"], lw=2, label=_named("AUROC", auroc(labels, scores), ci))
-    ax.plot([0, 1], [0, 1], color="#767676", lw=1, ls=":", label="chance")
+    ax.plot([0, 1], [0, 1], color="#444444", lw=1.4, ls=":", label="chance")
     if threshold:
         at = [(scores[labels == c] > threshold.value).mean() for c in (0, 1)]
         ax.plot(*at, "o", color=COLOURS["defective"], ms=9, mec="black", label="at the threshold")
@@ -347,19 +360,67 @@ def plot_roc(
     ax.legend(loc="lower right")
     return fig
 
+# %% ../nbs/40_interpret.ipynb #f48bc719
+def _pr_band(labels: np.ndarray, scores: np.ndarray, n: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Recalls (101,), lower and upper precision at each, by n resamples stratified by label."
+    tp, fp = _cumulative_counts(_resample_counts(labels, n, 0), labels, scores)
+    grid, recall, precision = np.linspace(0, 1, 101).clip(1e-6), tp / tp[:, -1:], tp / np.maximum(tp + fp, 1)  # 0: just above it
+    curves = np.stack([p[np.searchsorted(r, grid - 1e-9).clip(max=len(r) - 1)] for r, p in zip(recall, precision, strict=True)])
+    return grid, *np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+@drawn
+def plot_pr(
+    labels,  # 0 good, 1 defective, (N,)
+    scores,  # higher is more anomalous, (N,)
+    threshold: Threshold | None = None,  # marks where the detector stands
+    ci: list[float] | None = None,  # interval [low, high] of the average precision for the legend; None: by bootstrap
+    n_bootstrap: int = 1000,  # resamples for the band; 0 leaves it out
+) -> Figure:
+    "Precision over recall with a 95% band and the detector's operating point. Raises `InputError` when a class is missing."
+    labels, scores = np.asarray(labels).astype(bool), np.asarray(scores, float)
+    precision, recall, _ = pr_points(labels, scores)
+    ci = ci or (bootstrap_interval(auprc, labels, scores, n_bootstrap) if n_bootstrap else None)
+    fig, ax = plt.subplots(figsize=(4.6, 4.6))
+    if n_bootstrap:
+        ax.fill_between(*_pr_band(labels, scores, n_bootstrap), color=COLOURS["good"], alpha=0.18, lw=0, label="95% band")
+    name = _named("average precision", auprc(labels, scores), ci)
+    ax.step([0, *recall], [precision[0], *precision], where="pre", color=COLOURS["good"], lw=2, label=name)
+    ax.axhline(labels.mean(), color="#444444", lw=1.4, ls=":", label="blind alarms")
+    if threshold and (called := scores > threshold.value).any():
+        at = called[labels].mean(), labels[called].mean()
+        ax.plot(*at, "o", color=COLOURS["defective"], ms=9, mec="black", label="at the threshold")
+    _unit_square(ax, "recall (share of defective images)", "precision (share of alarms that are right)")
+    ax.legend(loc="lower left")
+    return fig
+
 # %% ../nbs/40_interpret.ipynb #f55d56d9
+def _pro_lines(maps, masks, max_fpr: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    "Rates (101,) from 0 to max_fpr, and the PRO curve of each of n resamples of the images there, (n,101)."
+    maps, masks = _known_pixels(maps, masks)
+    curves = _pixel_curves(maps, masks)
+    counts = _resample_counts(masks.any((1, 2)), n, 0)
+    _, fp, overlap = (np.pad(counts @ v, ((0, 0), (1, 0))) for v in curves.counts_at(curves.levels(1024)))
+    grid = np.linspace(0, max_fpr, 101)
+    return grid, np.stack([np.interp(grid, f / f[-1], o / o[-1]) for f, o in zip(fp, overlap, strict=True)])
+
+
 @drawn
 def plot_pro(
     maps,  # anomaly maps (N,H,W), higher is more anomalous
     masks,  # for each map (H,W), not 0 where the fault is; None where not known (left out)
     max_fpr: float = 0.3,  # false-positive rate of pixels at which the curve ends
-    ci: list[float] | None = None,  # interval [low, high] of AU-PRO for the legend
+    ci: list[float] | None = None,  # interval [low, high] of AU-PRO for the legend; None: by bootstrap
+    n_bootstrap: int = 300,  # resamples of images for the band; 0 leaves it out
 ) -> Figure:
-    "The PRO curve with its area (Bergmann et al., 2020). Raises `InputError` without faulty or without good pixels."
+    "The PRO curve with a 95% band and its area (Bergmann et al., 2020). Raises `InputError` without faulty or without good pixels."
     fpr, pro = pro_curve(maps, masks, max_fpr)
     fig, ax = plt.subplots(figsize=(4.6, 3.6))
-    ax.fill_between(fpr, pro, color=COLOURS["defective"], alpha=0.15, lw=0)
-    ax.plot(fpr, pro, color=COLOURS["defective"], lw=2, label=_named("AU-PRO", aupro(maps, masks, max_fpr), ci))
+    if n_bootstrap:
+        grid, lines = _pro_lines(maps, masks, max_fpr, n_bootstrap)
+        ax.fill_between(grid, *np.quantile(lines, [0.025, 0.975], axis=0), color=COLOURS["defective"], alpha=0.25, lw=0, label="95% band")
+        ci = ci or np.quantile([auc(grid, line) / max_fpr for line in lines], [0.025, 0.975]).tolist()
+    ax.plot(fpr, pro, color=COLOURS["defective"], lw=2, label=_named("AU-PRO", auc(fpr, pro) / max_fpr, ci))
     ax.set(xlim=(0, max_fpr), ylim=(0, 1.02), xlabel="share of good pixels marked", ylabel="mean share of each fault marked")
     ax.grid()
     ax.legend(loc="lower right")

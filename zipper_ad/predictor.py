@@ -160,7 +160,7 @@ def refuse_pickles(
     file: Path,  # a .pt2 archive
 ):
     "Raises `InputError` where loading the archive would unpickle, or run machine code; nothing of it is loaded."
-    torch = need("torch", f"{file.name}:")
+    torch = need("torch", f"{file.name}:", "")
     with zipfile.ZipFile(file) as archive:
         for name in archive.namelist():
             kind = Path(name).suffix
@@ -175,7 +175,7 @@ def refuse_pickles(
 # %% ../nbs/45_predictor.ipynb #52c848ce
 def load_torch(file: Path, threads: int, provider: str | None) -> tuple[dict, Callable]:
     "By Torch: TorchScript, or a program of torch.export; providers are its devices, as cpu or cuda."
-    torch = need("torch", f"{file.name}:")
+    torch = need("torch", f"{file.name}:", "")
     if threads:
         torch.set_num_threads(threads)
     device, extra = provider or "cpu", {"facts.json": ""}
@@ -213,9 +213,21 @@ class Predictor(Judge):
         self.facts, self.run = _loaders[self.file.suffix](self.file, threads, provider)
         self.threshold, self.pixel_threshold = SimpleNamespace(**self.facts["threshold"]), self.facts["pixel_threshold"]
         self.map_scale, self.size = tuple(self.facts["map_scale"]), self.facts["size"]
+        self._try()
 
     def prepare(self, thing):
         return np.moveaxis(as_pixels(thing, self.size, self.facts["channels"]), 0, -1)
+
+# %% ../nbs/45_predictor.ipynb #39f45cfe
+@patch
+def _try(self: Predictor):
+    "Raises `InputError` where a blank picture does not give one score, p-value, decision and map."
+    with _damaged(self.file):
+        i = self.facts["input"]
+        side = int(np.clip(self.size, *i["sides"]))
+        shapes = [np.shape(o) for o in self.run(np.zeros((1, side, side, i["channels"]), i["pixels"]))]
+        if [len(s) for s in shapes] != [1, 1, 1, 3] or {s[0] for s in shapes} != {1}:
+            raise ValueError(f"outputs of shapes {shapes}")
 
 # %% ../nbs/45_predictor.ipynb #41abbe73
 @patch
