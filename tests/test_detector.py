@@ -346,6 +346,20 @@ def test_too_few_normals(normals, reference):
         )
 
 
+def test_a_rate_that_is_kept_with_confidence(tmp_path, caplog):
+    "Of 24 scores the fourth keeps 18 % on average, and in 95 of 100 cases only the highest does; too few pictures say so."
+    usual, sure = (fitted("score.target_fpr=0.18", *more, n=40) for more in ([], ["score.confidence=0.95"]))
+    n = sure.threshold.n_calibration
+    assert n == 24 and (sure.calibration_scores == usual.calibration_scores).all()
+    assert [round(d.threshold.promised_fpr * (n + 1)) for d in (usual, sure)] == [4, 1]
+    assert sure.threshold.value == sure.calibration_scores[-1] and not sure.threshold.message
+    assert sure.pixel_threshold >= usual.pixel_threshold
+    sure.save(tmp_path)
+    assert Detector.load(tmp_path).threshold == sure.threshold
+    few = fitted("score=guaranteed", n=12)
+    assert few.config.score.confidence == 0.95 and "Hold out 59 or more" in few.threshold.message == caplog.messages[-1]
+
+
 def test_batch_size_of_fitting_does_not_matter():
     "19 normals are judged in batches of 16 and 3."
     config = make_config([*SMALL, "score.calibrate=false"])

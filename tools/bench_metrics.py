@@ -19,7 +19,7 @@ from pathlib import Path
 
 NAMES = ("PixelMetrics, all", "PixelMetrics, all, 1000 resamples", "aupimo", "aupimo, 1000 resamples", "iou", "dice", "iou_per_region",
          "region_table", "auroc, auprc, aupro (exact)", "aupro (exact)", "pro_curve (exact)", "all exact, 1000 resamples")
-BYTES_A_PIXEL = 75  # of what sorts all pixels at once, inputs included
+BYTES_A_PIXEL = 30  # of what sorts all pixels, inputs included
 
 
 def images(n, size):

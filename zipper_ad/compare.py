@@ -113,8 +113,8 @@ def table(self: Comparison) -> list[dict]:
             low, high = interval or (None, None)
             row |= {title: m[level].get(key), f"{title} low": low, f"{title} high": high}
         t = m["threshold"]
-        row |= {"false alarms promised": t["promised_fpr"], "false alarms observed": t["observed_fpr"],
-                "ms an image": m["speed"]["ms_per_image_p50"]}
+        row |= {"false alarms promised": t["promised_fpr"], "false alarms at most": t["fpr_upper_bound"],
+                "false alarms observed": t["observed_fpr"], "ms an image": m["speed"]["ms_per_image_p50"]}
         rows.append(row)
     return rows
 
@@ -335,7 +335,8 @@ def _main_table(comparison: Comparison) -> str:
             interval = format_interval([row[f"{title} low"], row[f"{title} high"]]) if row[f"{title} low"] is not None else ""
             line.append(f"{format_value(row[title])}<br><small>{interval}</small>")
         observed = row["false alarms observed"]
-        line += ["–" if observed is None else f"{observed:.1%}<br><small>promised {row['false alarms promised']:.1%}</small>",
+        promise = f"promised {row['false alarms promised']:.1%}, at most {row['false alarms at most']:.1%}"
+        line += ["–" if observed is None else f"{observed:.1%}<br><small>{promise}</small>",
                  format_value(row["ms an image"], 1)]
         cells.append(line)
     return html_table(cells, ["Detector", *_columns, "false alarms", "ms an image"], f"All detectors on {_what(comparison)}, 95% intervals")

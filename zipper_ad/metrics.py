@@ -282,9 +282,9 @@ def recall_at_rates(
     scores,  # higher is more anomalous, (N,)
     normal_scores,  # scores of held-out normal images, never of the test set, (n,)
     rates=(0.01, 0.05),  # false-alarm rates to ask for, each in (0, 1)
-    level: float = 0.95,  # of Wilson's intervals
+    level: float = 0.95,  # of Wilson's intervals, and confidence of the bound
 ) -> list[dict]:
-    "For each rate: target_fpr, promised_fpr, threshold, recall, observed_fpr, ci, and recall_oracle as `recall_at_fpr` reads it."
+    "For each rate: target_fpr, promised_fpr, fpr_upper_bound, threshold, recall, observed_fpr, ci, and recall_oracle (`recall_at_fpr`)."
     labels, scores = _labelled(labels, scores)
     result = []
     for rate in rates:
@@ -294,6 +294,7 @@ def recall_at_rates(
             shares[name] = int((chosen > threshold.value).sum()), len(chosen)
         result.append({
             "target_fpr": float(rate), "promised_fpr": float(threshold.promised_fpr), "threshold": float(threshold.value),
+            "fpr_upper_bound": fpr_upper_bound(threshold.promised_fpr, threshold.n_calibration, level),
             **{name: k / n if n else None for name, (k, n) in shares.items()},
             "ci": {name: wilson_interval(k, n, level) for name, (k, n) in shares.items()},
             "recall_oracle": recall_at_fpr(labels, scores, rate),
@@ -546,7 +547,7 @@ def pixel_metrics(
     bins: int = 2048,  # levels for the intervals of auroc, auprc, aupro: AUROC is off by about 1 / bins at most
 ) -> dict:
     """auroc, auprc, aupro, aupro_05, aupimo; iou, dice, iou_per_region at the threshold; ci with an interval each; notes.
-    Takes about 46 bytes of memory a pixel; `pixels.PixelMetrics` takes little, whatever the number of pixels."""
+    Takes about 15 bytes of memory a pixel; `pixels.PixelMetrics` takes little, whatever the number of pixels."""
     maps, masks = _known_pixels(maps, masks)
     result = dict.fromkeys(("auroc", "auprc", "aupro", "aupro_05", "aupimo", "iou", "dice", "iou_per_region"))
     if (curves := _pixel_curves(maps, masks)) is None:
