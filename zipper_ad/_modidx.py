@@ -662,7 +662,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'zipper_ad.export._run_onnx': ('export.html#_run_onnx', 'zipper_ad/export.py'),
                                   'zipper_ad.export._run_openvino': ('export.html#_run_openvino', 'zipper_ad/export.py'),
                                   'zipper_ad.export._silent': ('export.html#_silent', 'zipper_ad/export.py'),
-                                  'zipper_ad.export._to_half': ('export.html#_to_half', 'zipper_ad/export.py'),
                                   'zipper_ad.export._to_openvino': ('export.html#_to_openvino', 'zipper_ad/export.py'),
                                   'zipper_ad.export._write_onnx': ('export.html#_write_onnx', 'zipper_ad/export.py'),
                                   'zipper_ad.export._write_openvino': ('export.html#_write_openvino', 'zipper_ad/export.py'),

@@ -296,13 +296,6 @@ def _keep_facts(model, facts):
     need("onnx").helper.set_model_props(model, {"zipper_ad": json.dumps(facts)})
     return model
 
-
-def _to_half(model):
-    "The network in float16; everything around it stays float32."
-    around = [n.name for n in model.graph.node if not n.name.startswith("network")]
-    half = need("onnxruntime.transformers.float16", "precision=fp16")
-    return half.convert_float_to_float16(model, keep_io_types=True, node_block_list=around)
-
 # %% ../nbs/44_export.ipynb #89aaf1c9
 def layers_of(
     graph: DetectorGraph,  # of a detector
@@ -521,8 +514,6 @@ def _held_out(calibration, size, channels, seed):
 # %% ../nbs/44_export.ipynb #a3273152
 def _as_onnx(graph, example, precision, facts, data, agreement):
     model = to_onnx(graph, example)
-    if precision == "fp16":
-        model = _to_half(model)
     if precision == "int8":
         ranges, held_out = data
         model, measured = search_layers(graph, partial(quantize_onnx, model, ranges), _run_onnx, held_out, agreement)
@@ -580,8 +571,8 @@ def export_detector(
     target = export_path(out, format, precision)
     d, channels = detector.config.data, channels or detector.config.data.channels
     data = _held_out(calibration, d.size, channels, detector.config.seed) if precision == "int8" else None
-    half = torch.bfloat16 if precision == "bf16" and format.startswith("torch") else torch.float32
-    graph = DetectorGraph(detector, resize, half)
+    half = {("bf16", "torchscript"): torch.bfloat16, ("bf16", "torch"): torch.bfloat16, ("fp16", "onnx"): torch.float16}
+    graph = DetectorGraph(detector, resize, half.get((precision, format), torch.float32))
     facts = describe_export(detector, resize, pixels, channels, precision)
     example = torch.zeros(2, d.size, d.size, channels, dtype=getattr(torch, pixels))
     target.parent.mkdir(parents=True, exist_ok=True)
