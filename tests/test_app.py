@@ -393,6 +393,7 @@ def test_in_a_browser(page, small, state, tmp_path):
     shows(counts, "oracle")
     assert counts.inner_text() != before and line.get_attribute("d") != stood
     shows(said, "oracle")
+    assert page.get_by_role("slider", name="threshold", exact=True).count() == 1, "a screen reader cannot tell the sliders apart"
     page.get_by_role("button", name="back to the honest threshold").click()
     shows(badge, "honest")
     page.wait_for_function("d => document.querySelector('.zad-marks .set').getAttribute('d') === d", arg=stood)
@@ -454,3 +455,10 @@ def test_in_a_browser(page, small, state, tmp_path):
     page.set_input_files("[data-upload]", {"name": "big.png", "mimeType": "image/png", "buffer": bytes(MAX_UPLOAD + 1)})
     shows(page.locator(".zad-error"), "big.png: 8.0 MB")
     assert "mine.png" in name.inner_text() and not page.outside and not page.errors
+
+    page.set_viewport_size({"width": 820, "height": 1000})  # a narrow window: the chart and what lies on it follow
+    page.wait_for_function("document.querySelector('.js-plotly-plot .main-svg').clientWidth < 820")
+    page.wait_for_function("""() => {
+      const [line, plot] = ['.zad-marks .set', '.subplot.x3y3'].map(s => document.querySelector(s)?.getBoundingClientRect());
+      return line && plot && plot.left - 2 <= line.left && line.right <= plot.right + 2;
+    }""")

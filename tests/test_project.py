@@ -355,7 +355,7 @@ def test_website_can_be_staged(copy):
     code, output = run("python", str(script), cwd=copy)
     assert code == 0, output
     staged = {p.relative_to(copy / "_proc").as_posix() for p in (copy / "_proc").rglob("*")}
-    assert staged >= {label(p) for p in NOTEBOOKS} | {"_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css"}
+    assert staged >= {label(p) for p in NOTEBOOKS} | {"_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css", "llms.txt"}
     assert not (copy / "_proc" / "_quarto.yml").is_symlink()
 
     sys.path.insert(0, str(ROOT / "tools"))

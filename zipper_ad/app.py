@@ -749,13 +749,14 @@ def make_chart() -> go.FigureWidget:
     fig.add_scatter(name="images", mode="markers", showlegend=False, row=2, col=1, **plain)
     fig.add_scatter(name="ROC", mode="lines+markers", showlegend=False, line_color=COLOURS["good"], marker_size=5, row=1, col=2, **plain)
     _dress(fig)
+    fig._config = {"responsive": True}  # it follows the window's width
     return fig
 
 # %% ../nbs/51_app.ipynb #28a0e07e
 def _dress(fig: go.FigureWidget):
     "The look. The axes know their range: one that finds its own is computed again at every change."
     fig.update_layout(
-        template="simple_white", height=330, margin={"l": 10, "r": 10, "t": 28, "b": 10}, barmode="overlay", hovermode="closest", bargap=0,
+        template="simple_white", height=330, margin={"l": 10, "r": 30, "t": 28, "b": 10}, barmode="overlay", hovermode="closest", bargap=0,
         legend={"orientation": "h", "y": 1.12, "x": 0}, font={"size": 12}, clickmode="event",
     )
     fig.update_yaxes(title_text="images", row=1, col=1)
@@ -851,9 +852,9 @@ def chart_marks(
 _draw_marks = """
 function render({ model, el }) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  let gd = null;
+  let gd = null, waiting;
   const draw = () => {
-    const full = gd._fullLayout, m = model.get("marks");
+    const full = gd?._fullLayout, m = model.get("marks");
     if (!full || !full.xaxis3 || !m.crosses) return;
     if (svg.parentNode !== gd) { gd.style.position = "relative"; gd.append(svg); }
     const on = (axis, value) => axis._offset + axis.d2p(value);
@@ -871,15 +872,21 @@ function render({ model, el }) {
 
 # %% ../nbs/51_app.ipynb #93345af6
 _draw_marks += """
+  const name = () => {
+    for (const slider of el.closest(".zad-board")?.querySelectorAll("[role=slider]") ?? [])
+      slider.setAttribute("aria-label", slider.closest(".jupyter-widgets").querySelector("label")?.textContent ?? "slider");
+  };
   const find = () => {
     gd = el.closest(".zad-chart")?.querySelector(".js-plotly-plot");
-    if (!gd?.on || !gd._fullLayout) return setTimeout(find, 50);
+    if (!gd?.on || !gd._fullLayout) { waiting = setTimeout(find, 50); return; }
     svg.setAttribute("class", "zad-marks");
     gd.on("plotly_afterplot", draw);
     draw();
+    name();
   };
-  model.on("change:marks", () => gd?._fullLayout && draw());
+  model.on("change:marks", () => { draw(); name(); });
   find();
+  return () => { clearTimeout(waiting); gd?.removeListener("plotly_afterplot", draw); gd = null; svg.remove(); };
 }
 export default { render };
 """
@@ -1076,17 +1083,18 @@ def _make_views(self: Dashboard):
 @patch
 def _arrange(self: Dashboard):
     "Put the parts in their places."
-    row = lambda *parts: W.HBox(parts, layout=W.Layout(flex_flow="row wrap", align_items="center"))  # noqa: E731
-    column = lambda width, *parts: W.VBox(parts, layout=W.Layout(width=width, min_width="300px"))  # noqa: E731
-    chart = column("64%", self.chart, self.marks, self.threshold, self.alarms, row(self.exact, self.honest))
+    row = lambda *parts, align="center": W.HBox(parts, layout=W.Layout(flex_flow="row wrap", align_items=align))  # noqa: E731
+    column = lambda width, *parts, least="300px": W.VBox(parts, layout=W.Layout(width=width, min_width=least))  # noqa: E731
+    chart = column("64%", self.chart, self.marks, self.threshold, self.alarms, row(self.exact, self.honest), least="min(680px, 100%)")
     chart.add_class("zad-chart")
     say = column("28%", self.review, self.note, self.save, row(self.to_png, self.to_csv), self.bar, self.status)
     view = column("70%", row(self.image, self.before, self.next), row(self.mode, self.at), self.view)
     self.children = [
         self.title, row(self.model, self.second, self.kind, self.group, self.order), self.badge,
-        W.HBox([chart, column("35%", self.counts)]), W.HBox([view, say]), self.gallery,
+        row(chart, column("35%", self.counts), align="flex-start"), row(view, say, align="flex-start"), self.gallery,
     ]
     self.layout.max_width = "1500px"
+    self.add_class("zad-board")
 
 # %% ../nbs/51_app.ipynb #2df2e60f
 @contextlib.contextmanager
