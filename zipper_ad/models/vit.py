@@ -284,7 +284,7 @@ def restore_in_passes(
     h, w = -(-height // model.multiple), -(-width // model.multiple)
     image, logit = torch.zeros_like(x), None
     for mask in complementary_masks(n, h, w, x.device):
-        hidden = mask.expand(len(x), 1, h, w)
+        hidden = mask.expand(x.shape[0], 1, h, w)
         filled = model.restore_latent(model.encode(x, hidden))
         where = over_patches(hidden, h * model.multiple, w * model.multiple)[..., :height, :width]
         image = torch.where(where, filled.image, image)
