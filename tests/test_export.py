@@ -209,7 +209,8 @@ SLOW = [(f, format, p) for f in FAMILIES for format, p in (
 @pytest.mark.slow
 @pytest.mark.parametrize("family,format,precision", SLOW)
 def test_every_family_format_and_precision(trained_detectors, family, format, precision, photographs, tmp_path):
-    detector, normals = trained_detectors(family), torch.from_numpy(np.stack([render_zipper(s, 32) for s in range(100, 140)]))[:, None] / 255
+    detector = trained_detectors(family)
+    normals = torch.from_numpy(np.stack([render_zipper(s, 32) for s in range(100, 140)]))[:, None] / 255
     file = export_detector(detector, tmp_path, format, precision, calibration=normals, agreement=0.7)
     expected, verdicts = detector.predict(photographs), Predictor(file, threads=1).predict(photographs)
     if precision == "fp32":

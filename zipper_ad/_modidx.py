@@ -1289,6 +1289,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'zipper_ad.report._percent': ('report.html#_percent', 'zipper_ad/report.py'),
                                   'zipper_ad.report._plain': ('report.html#_plain', 'zipper_ad/report.py'),
                                   'zipper_ad.report._printable': ('report.html#_printable', 'zipper_ad/report.py'),
+                                  'zipper_ad.report._promise': ('report.html#_promise', 'zipper_ad/report.py'),
                                   'zipper_ad.report._rates_table': ('report.html#_rates_table', 'zipper_ad/report.py'),
                                   'zipper_ad.report._sections': ('report.html#_sections', 'zipper_ad/report.py'),
                                   'zipper_ad.report._settings_section': ('report.html#_settings_section', 'zipper_ad/report.py'),

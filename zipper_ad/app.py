@@ -613,10 +613,10 @@ def badge_html(
     t, s = state.thresholds[state.model], state.store.threshold
     if state.is_honest():
         return (f'<p class="zad-badge honest"><b>honest</b> threshold {t:.4g}: set on {s["n_calibration"]} held-out good images, '
-                f'promises at most {s["promised_fpr"]:.1%} false alarms</p>')
+                f'promises {s["promised_fpr"]:.1%} false alarms on average</p>')
     k, n = state.alarms(), len(state.store.calibration_scores)
     return (f'<p class="zad-badge oracle"><b>oracle</b> threshold {t:.4g}: moved with the test labels in sight, so its figures are not '
-            f'to be quoted as performance. On the calibration images alone it would promise at most {k / (n + 1):.1%} false alarms. '
+            f'to be quoted as performance. On the calibration images alone it would promise {k / (n + 1):.1%} false alarms on average. '
             f'Honest: {s["value"]:.4g}</p>')
 
 # %% ../nbs/51_app.ipynb #9490a506

@@ -347,8 +347,10 @@ def _train_here(config, out: str, overwrite: bool, resume: bool):
         agree(0)  # the others go on when the folder is there
         detector = _train(config, folder, resume)
     if detector:
+        from zipper_ad.metrics import describe_promise
+
         t = detector.threshold
-        print(f"detector: {out}\nthreshold {t.value:.4g}, promised rate of false alarms {t.promised_fpr:.1%}")
+        print(f"detector: {out}\nthreshold {t.value:.4g}, false alarms promised: {describe_promise(t.promised_fpr, t.n_calibration)}")
         print(f"how the training went: {folder / 'training_report.html'}")
         print(f"next: zipper_ad predict run={out} input=PHOTOGRAPHS out=verdicts")
 
@@ -435,6 +437,8 @@ def describe_metrics(
     metrics: dict,  # as in metrics.json
 ) -> str:
     "The main figures in a few lines, with their intervals."
+    from zipper_ad.metrics import describe_promise
+
     def figure(block, name):
         value, ci = metrics[block][name], metrics[block].get("ci", {})
         interval = ci.get("auroc_logit") if (block, name) == ("image", "auroc") and ci.get("auroc_logit") else ci.get(name)
@@ -446,7 +450,7 @@ def describe_metrics(
     lines += [figure("image", k) for k in ("auroc", "auprc", "f1")]
     lines += [figure("pixel", k) for k in ("auroc", "aupro", "dice")] if metrics["pixel"] else ["pixel figures: no masks"]
     observed = "–" if t["observed_fpr"] is None else f"{t['observed_fpr']:.1%}"
-    lines.append(f"false alarms: promised {t['promised_fpr']:.1%}, observed {observed}")
+    lines.append(f"false alarms: promised {describe_promise(t['promised_fpr'], t['n_calibration'])}; observed {observed}")
     lines.append(f"{metrics['speed']['ms_per_image_p50']:.0f} ms a picture ({metrics['speed']['device']})")
     return "\n".join(lines)
 
@@ -487,31 +491,36 @@ def _what_data(root: str | Path) -> str:
         return f"photographs in {root.resolve().name}"
 
 
-def _report(path: Path, title: str, note: str, detector, metrics, verdicts, dataset) -> Path:
-    "Write the report on one detector."
+def _report(path: Path, title: str, note: str, detector, metrics, verdicts, dataset, pdf: bool = False) -> Path:
+    "Write the report on one detector, as a page and where wanted as a PDF beside it."
     import dataclasses
 
-    from zipper_ad.report import write_report
+    from zipper_ad.report import write_pdf, write_report
 
-    return write_report(path, title, metrics, verdicts, dataset.labels, dataset.kinds, dataset.true_masks(), detector.map_scale,
-                        dataclasses.asdict(detector.config), note)
+    told = (title, metrics, verdicts, dataset.labels, dataset.kinds, dataset.true_masks(), detector.map_scale,
+            dataclasses.asdict(detector.config), note)
+    if pdf:
+        write_pdf(path.with_suffix(".pdf"), *told)
+    return write_report(path, *told)
 
 # %% ../nbs/50_cli.ipynb #4e25c093
 @command("report")
 def report(pairs):
-    "Measure a detector and write one HTML page on it: run=RUN data=DIR [out=FILE.html]"
+    "Measure a detector and write one HTML page on it: run=RUN data=DIR [out=FILE.html] [pdf=true]"
     from zipper_ad.detector import Detector
 
     run, root = _option(pairs, "run", str), _option(pairs, "data", str)
     out, device = Path(_option(pairs, "out", str(Path(run) / "report.html"))), _option(pairs, "device", "auto")
-    _nothing_left(pairs, ["run", "data", "out", "device"])
+    pdf = _option(pairs, "pdf", "false") == "true"
+    _nothing_left(pairs, ["run", "data", "out", "device", "pdf"])
     if out.is_dir():
         raise InputError(f"{out}: is a folder. Give out= the name of a file, for example {out}/report.html.")
     detector = Detector.load(run, device)
     metrics, verdicts, dataset = detector.evaluate(root, progress=True)
     write_json(metrics, out.with_suffix(".json"))
     title = f"Detector {Path(run).resolve().name} on {Path(root).resolve().name}"
-    print(describe_metrics(metrics), f"report: {_report(out, title, _what_data(root), detector, metrics, verdicts, dataset)}", sep="\n")
+    page = _report(out, title, _what_data(root), detector, metrics, verdicts, dataset, pdf)
+    print(describe_metrics(metrics), f"report: {page}", *([f"as PDF: {page.with_suffix('.pdf')}"] if pdf else []), sep="\n")
 
 # %% ../nbs/50_cli.ipynb #292d6b24
 @command("visualize")

@@ -294,7 +294,7 @@ def _strip(ax, scores: np.ndarray, kinds: np.ndarray, threshold: float | None):
 
 def _promise(threshold: Threshold, scores: np.ndarray, good: np.ndarray) -> str:
     "The promised and the observed false-alarm rate in words."
-    text = f"threshold {threshold.value:.3g}, promised: at most {threshold.promised_fpr:.1%} false alarms"
+    text = f"threshold {threshold.value:.3g}, promised: {threshold.promised_fpr:.1%} false alarms on average"
     return text + (f", observed: {(scores[good] > threshold.value).sum()} of {good.sum()}" if good.any() else "")
 
 # %% ../nbs/40_interpret.ipynb #de3e75cf

@@ -100,11 +100,21 @@ def _percent(share: float) -> str:
     return "over 99.9%" if 0.9994 < share < 1 else f"{share:.1%}"
 
 
+def _promise(threshold: dict) -> str:
+    "The rate that is promised on average, and the one that is kept with confidence where the number of pictures is known."
+    n, text = threshold.get("n_calibration"), f"{threshold['promised_fpr']:.1%} on average"
+    if not n:
+        return text
+    from zipper_ad.metrics import fpr_upper_bound
+
+    return f"{text}, at most {fpr_upper_bound(threshold['promised_fpr'], n):.1%} with 95% confidence"
+
+
 def _false_alarms(metrics: dict, what: str) -> str:
     "A sentence on false alarms, observed and promised."
     threshold, n = metrics["threshold"], metrics["n"]["good"]
     return (f"It raised a false alarm on {count_of(threshold['observed_fpr'], n)} of the good {what}; its threshold, "
-            f"set on {threshold['n_calibration']} other good images, promised at most {threshold['promised_fpr']:.1%}.")
+            f"set on {threshold['n_calibration']} other good images, promised {_promise(threshold)}.")
 
 # %% ../nbs/41_report.ipynb #3b10b3ce
 def summary(
@@ -191,7 +201,7 @@ def _threshold_table(threshold: dict, n_good: int, what: str) -> Table:
     observed = count_of(threshold.get("observed_fpr"), n_good) if n_good else "– (no good test images)"
     calibration = f"by split-conformal calibration on {threshold.get('n_calibration')} held-out good images"
     rows = [["asked", percent("target_fpr"), "the false-alarm rate in the settings"],
-            ["promised", f"at most {percent('promised_fpr')}", calibration],
+            ["promised", _promise(threshold), calibration],
             ["observed", observed, f"on the good {what} of the test set"],
             ["threshold", f"{threshold['value']:.4g}", "an image is called anomalous when its score is above it"]]
     notes = [str(note) for note in threshold.get("notes") or []]
@@ -201,7 +211,7 @@ def _threshold_table(threshold: dict, n_good: int, what: str) -> Table:
 def _rates_table(rates: list[dict] | None, n: dict, what: str) -> Table:
     "Recall at fixed false-alarm rates: what held-out normals can promise, and beside it what only the test labels could know."
     oracle = lambda r: "–" if r["recall_oracle"] is None else f"{r['recall_oracle']:.1%}"  # noqa: E731
-    rows = [[f"{r['target_fpr']:.0%} asked", f"at most {r['promised_fpr']:.1%}", count_of(r["observed_fpr"], n["good"]),
+    rows = [[f"{r['target_fpr']:.0%} asked", f"{r['promised_fpr']:.1%} on average", count_of(r["observed_fpr"], n["good"]),
              count_of(r["recall"], n["defective"]), oracle(r)] for r in rates or []]
     head = ["False alarms", "promised", "observed", "found", "found <strong>(oracle)</strong>"]
     return Table(f"Found at fixed false-alarm rates ({what})", head, rows)

@@ -255,7 +255,7 @@ class Threshold:
     "A sample is anomalous when its score is greater than `value`."
     value: float  # on the scale of the scores
     target_fpr: float  # the false-alarm rate that was asked for, in (0, 1)
-    promised_fpr: float  # the rate that holds: at most target_fpr, or 1 / (n + 1) where that is larger
+    promised_fpr: float  # the rate kept on average over calibrations: at most target_fpr, or 1 / (n + 1) where that is larger
     n_calibration: int  # held-out normal images that it rests on
     message: str = ""  # says so when the asked rate cannot be promised; else empty
 
