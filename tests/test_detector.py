@@ -474,6 +474,7 @@ def test_weights_changed_behind_its_back(how, trained, tmp_path):
         {"map_scale": [1]},
         {"calibration_scores": []},
         {"config": {"data": {"size": 0}}},
+        {"config": {"data": {"size": 256}}},  # the calibration is for 64
         {"config": {"model": {"widths": []}}},
         {"config": {"model": "cnn"}},
         {"config": []},
