@@ -88,8 +88,8 @@ $(VENV)/security: $(STAMP)
 sbom: $(VENV)/security  ## sbom.json: every package in .venv, in CycloneDX
 	$(VENV)/security/bin/cyclonedx-py environment --output-reproducible -o sbom.json $(BIN)/python
 
-audit: $(VENV)/security  ## known vulnerabilities of the packages in .venv, from a database on the internet
-	$(VENV)/security/bin/pip-audit --path $(wildcard $(VENV)/lib/python3*/site-packages) --skip-editable
+audit: $(VENV)/security  ## known vulnerabilities of the versions in constraints.txt, from a database on the internet
+	$(VENV)/security/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 clean:  ## delete .venv and everything generated (not runs/)
 	rm -rf $(VENV) sbom.json build dist _proc _docs .pytest_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info nbs/nbdev.yml nbs/.last_checked

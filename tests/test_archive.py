@@ -316,6 +316,14 @@ def test_a_judge_that_fails_on_one_picture_gives_a_row(made, pictures):
     judge.run = plain
 
 
+def test_a_score_that_is_no_number_gives_a_row(made, pictures):
+    judge = Predictor(made[1], threads=1)
+    run = judge.run
+    judge.run = lambda x: [np.full_like(run(x)[0], np.nan), *run(x)[1:]]
+    (row,) = archive.judge_rows(judge, [("0.png", pictures / "0.png")])
+    assert row["error"].startswith("0.png: its score or map is not finite") and row["score"] is None and row["is_anomalous"] is None
+
+
 # ---------------------------------------------------------------- wrong input
 def test_another_job_is_refused(made, pictures, scored, tmp_path):
     before = shards(scored)

@@ -1,5 +1,6 @@
 """The detector: one verdict whatever the picture comes as, and a folder that can be trusted and moved."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -502,6 +503,7 @@ def test_weights_changed_behind_its_back(how, trained, tmp_path):
         {"map_scale": [1]},
         {"calibration_scores": []},
         {"config": {"data": {"size": 0}}},
+        {"config": {"data": {"size": 256}}},  # the calibration is for 64
         {"config": {"model": {"widths": []}}},
         {"config": {"model": "cnn"}},
         {"config": []},
@@ -516,6 +518,22 @@ def test_numbers_that_cannot_be(change, trained, tmp_path):
     (run / "detector.json").write_text(json.dumps(merge(json.loads((run / "detector.json").read_text()), change)))
     with pytest.raises(InputError):
         Detector.load(run)
+
+
+@pytest.mark.parametrize("family", ["cnn", "resnet", "vit", "diffusion"])
+def test_settings_that_ask_for_a_network_that_no_memory_holds(family, trained, tmp_path):
+    import resource
+
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    facts = json.loads((run / "detector.json").read_text())
+    vast = {"widths": [64, 12_000], "width": 12_000 if family == "vit" else 1024}  # gigabytes
+    known = dataclasses.asdict(make_config([f"model={family}"]).model)
+    facts["config"]["model"] = known | {k: v for k, v in vast.items() if k in known}
+    (run / "detector.json").write_text(json.dumps(facts))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="do not fit|model"):
+        Detector.load(run)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -37,7 +37,7 @@ from zipper_ad.detector import Detector
 from zipper_ad.export import export_detector
 from zipper_ad.interpret import overlay
 from zipper_ad.models.head import Restorer
-from zipper_ad.picture import MAX_PIXELS, Judge, read_image
+from zipper_ad.picture import MAX_PIXELS, Judge, Verdict, read_image
 from zipper_ad.predictor import Predictor
 from zipper_ad.serve import Batcher, Refused, Service, check_token, describe_judge, listen, make_app, read_bytes, serve
 from zipper_ad.synth import render_defect, render_zipper
@@ -314,6 +314,17 @@ def test_a_judge_that_fails_tells_the_log_alone(judge):
         assert reply.status_code == 500 and "secret" not in reply.text and "log" in reply.json()["detail"]
         assert client.post("/v1/judge", content=WHOLE).status_code == 200
         assert 'zipper_ad_requests_total{status="500"} 1.0' in client.get("/metrics").text
+
+
+def test_a_score_that_is_no_number_is_no_verdict(judge):
+    broken, sound = Gated(judge), judge.judge
+    flat = np.zeros((8, 8), np.float32)
+    broken.judge = lambda pictures, paths: [Verdict(float("nan"), anomaly_map=flat, mask=flat > 0, image=flat)]
+    with TestClient(make_app(broken), raise_server_exceptions=False) as client:
+        assert client.post("/v1/judge", content=WHOLE).status_code == 500
+        broken.judge = sound
+        assert client.post("/v1/judge", content=WHOLE).status_code == 200
+        assert 'verdict="normal"} 1.0' in client.get("/metrics").text
 
 
 def test_meters(judge):

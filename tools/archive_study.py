@@ -129,7 +129,7 @@ def main():
     facts = {
         "command": f"python tools/archive_study.py FILE PICTURES results/archive-scoring.json n={N} rounds={ROUNDS} shard={SHARD}",
         "data": f"{n} rendered zippers of 256 x 256 pixels, PNG; shards of {SHARD}",
-        "detector": f"{file.name}: {judge.facts['model']}, trained, {judge.size} x {judge.size}",
+        "detector": f"{file.name}: {judge.facts['model']}, {judge.size} x {judge.size}",
         "note": "On a machine that did other work at the same time: only the ratios within a round say something.",
         "machine": {"cores": os.cpu_count(), "load_at_the_end": round(os.getloadavg()[0], 1), "python": platform.python_version(),
                     **{m: __import__(m).__version__ for m in ("ray", "onnxruntime", "pyarrow")}},

@@ -250,7 +250,7 @@ class Folders:
         tensors = load(self.weights)
         name = str(rng.choice(list(tensors)))
         t, how = tensors[name].float(), int(rng.integers(9))
-        changes = (lambda: t.flatten(), lambda: t[..., :1].clone(), lambda: t.double(), lambda: t.to(torch.bfloat16),
+        changes = (lambda: t.flatten(), lambda: t.flatten()[:1].clone(), lambda: t.double(), lambda: t.to(torch.bfloat16),
                    lambda: t.to(torch.int8), lambda: t * math.nan, lambda: t + math.inf, lambda: torch.zeros(0))  # fmt: skip
         if how == len(changes):
             del tensors[name]

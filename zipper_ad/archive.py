@@ -500,6 +500,7 @@ def _hushed():
 def start_ray(
     workers: int = 2,  # processor cores that Ray may use, where it is started here
     address: str = "",  # of a cluster, as "auto" or ray://head:10001; empty: one on this machine
+    attempts: int = 4,  # to start it here; on a busy machine the first ones are often too slow
 ) -> bool:
     "Start or join Ray, quietly; False where it ran already. Raises `InputError` where it cannot."
     quiet = {"USAGE_STATS_ENABLED": "0", "BACKEND_LOG_LEVEL": "fatal", "DATA_LOG_LEVEL": "ERROR"}
@@ -509,13 +510,16 @@ def start_ray(
     if ray.is_initialized():
         return False
     here = {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": 2**28}
-    try:
-        with _hushed():
-            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
-    except Exception as e:  # it raises bare Exceptions, too
-        ray.shutdown()
-        what = f"address={address}: no Ray cluster answers" if address else "Ray did not start"
-        raise InputError(f"{what} ({' '.join(str(e).split())[:120]}). Try again, or use engine=local.") from e
+    for left in reversed(range(1 if address else attempts)):
+        try:
+            with _hushed():
+                ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else here))
+            break
+        except Exception as e:  # it raises bare Exceptions, too
+            ray.shutdown()
+            what = f"address={address}: no Ray cluster answers" if address else f"Ray did not start in {attempts} attempts"
+            if not left:
+                raise InputError(f"{what} ({' '.join(str(e).split())[:120]}). Try again, or use engine=local.") from e
     context = _need("ray.data").DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
     return True

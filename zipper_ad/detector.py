@@ -353,11 +353,18 @@ def _location(tensors, kind) -> dict[str, np.ndarray]:
 
 def _rebuild(cls, facts, tensors, device) -> Detector:
     config = check_config(config_from_dict(facts["config"]))
+    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    with torch.device("meta"):  # on paper first: foreign settings may ask for a network that no memory holds
+        wanted = {k: v.shape for k, v in Restorer(config.model).state_dict().items()}
+    if wanted != {k: v.shape for k, v in weights.items()}:
+        raise ValueError("weights.safetensors holds another network")
     model = Restorer(config.model)
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    model.load_state_dict(weights)
     self = cls(model, config, device)
     if config.score.calibrate:
         self.locations = {k: LocationCalibration.from_state(_location(tensors, k)) for k in self.map_kinds}
+        if sides := {c.mean.shape[-1] for c in self.locations.values()} - {config.data.size}:
+            raise ValueError(f"a calibration for {min(sides)} pixels a side, a picture of {config.data.size}")
     if config.data.pose == "turned":
         self.upright = Upright(tensors["upright.template"])
     _read_limits(self, facts)
