@@ -363,8 +363,9 @@ def _rebuild(cls, facts, tensors, device) -> Detector:
     self = cls(model, config, device)
     if config.score.calibrate:
         self.locations = {k: LocationCalibration.from_state(_location(tensors, k)) for k in self.map_kinds}
-        if sides := {c.mean.shape[-1] for c in self.locations.values()} - {config.data.size}:
-            raise ValueError(f"a calibration for {min(sides)} pixels a side, a picture of {config.data.size}")
+        side = config.data.size // config.score.stride
+        if sides := {c.mean.shape[-1] for c in self.locations.values()} - {side}:
+            raise ValueError(f"a calibration for {min(sides)} pixels a side, maps of {side}")
     if config.data.pose == "turned":
         self.upright = Upright(tensors["upright.template"])
     _read_limits(self, facts)
