@@ -362,12 +362,12 @@ def test_wrong_settings_of_the_command(refused, exported, monkeypatch):
         assert "cannot be taken" in refused("serve", f"run={exported}", f"port={taken.getsockname()[1]}")
 
 
-def test_a_judge_that_cannot_judge_is_not_served(judge, capfd):
+def test_a_judge_that_cannot_judge_is_not_served(judge, caplog):
     broken = Gated(judge)
     broken.judge = lambda pictures, paths: 1 / 0
     with pytest.raises(InputError, match="failed on a first picture"):
         serve(lambda: broken, port=0)
-    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_open_to_a_network_without_token(monkeypatch, caplog):

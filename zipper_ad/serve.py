@@ -676,7 +676,7 @@ def serve(
     with listen(host, port) as place, _sigterm_like_ctrl_c(), contextlib.suppress(KeyboardInterrupt):
         app = make_app(open_judge(), check_token(token, host), **limits)
         patience = int(app.state.service.timeout) + 10
-        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        quiet = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}  # its own closes others
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", timeout_graceful_shutdown=patience, **quiet))
         name = f"[{host}]" if ":" in host else host
         print(f"serving {app.state.service.model.model}: http://{name}:{place.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
