@@ -122,7 +122,7 @@ except OSError:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 print(first, peak, "torch" in sys.modules, p50, p95)"""
 
-
+# %% ../nbs/46_bench.ipynb #2fa0a1fb
 def measure_process(
     file: str | Path,  # an exported detector
     threads: int = 2,  # of the predictor

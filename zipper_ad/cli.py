@@ -679,7 +679,7 @@ def _judge(run: str, device: str = "auto"):
 
     return Detector.load(run, device)
 
-
+# %% ../nbs/50_cli.ipynb #e1da45cf
 @command("predict")
 def predict(pairs):
     "Judge photographs: run=RUN|FILE input=FILE|DIR|GLOB out=DIR [pictures=true]; writes predictions.csv, heatmaps/, masks/"
@@ -787,7 +787,7 @@ def recalibrate(pairs):
     _nothing_left(pairs, ["run", "data", "out", "target_fpr"])
     print(recalibrate(run, data, out, rate).describe(), f"written: {write_card(out)}", sep="\n")
 
-
+# %% ../nbs/50_cli.ipynb #868abe02
 @command("card")
 def card(pairs):
     "Write what is known of a detector to RUN/card.md: run=RUN"

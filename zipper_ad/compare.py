@@ -160,7 +160,7 @@ def plot_pairs(
     below.set(title="difference of AUROC; orange: p < .05 after Holm's correction", ylim=(len(pairs) - 0.6, -0.8))
     return fig
 
-
+# %% ../nbs/47_compare.ipynb #0b1bd6c6
 def _interval(ax, row: int, value: float, low: float, high: float, colour: str, text: str):
     "A point with its interval and its figure in words."
     ax.plot([low, high], [row, row], color=colour, lw=2.5, solid_capstyle="butt")
@@ -312,7 +312,7 @@ def show_differences(
             _bare(ax, picture, f"{judge.name}: {'right' if right else 'WRONG'}\np = {verdict.p_value:.2g}")
     return fig
 
-
+# %% ../nbs/47_compare.ipynb #c5795394
 def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "The mask at the size of a map, to be drawn; never empty where the mask is not."
     share = at_size(mask, size)
@@ -372,7 +372,7 @@ def _pixel_pairs_table(comparison: Comparison) -> str:
     caption = f"Each pair on the pixels of the same {_what(comparison)}"
     return html_table(rows, head, f"{caption}, at the size of the masks (paired bootstrap)") if rows else ""
 
-
+# %% ../nbs/47_compare.ipynb #14819a39
 def _failures_table(comparison: Comparison) -> str:
     "What each detector judged wrongly, kind by kind, as HTML."
     names = [j.name for j in comparison.judges]

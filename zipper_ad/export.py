@@ -177,15 +177,17 @@ class DetectorGraph(nn.Module):
         self.register_buffer("calibration_scores", torch.tensor(detector.calibration_scores, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
-    def forward(self, image):
-        x, pose = self.preprocess(image), None
-        if self.template is not None:
-            x = turn(x, pose := search_poses(x, self.template))
-        fused = enlarge(fuse(*witnesses(self.maps(x))), self.score.stride)
-        score = pool(fused, self.score.pool, self.score.topk)
-        fused = fused if pose is None else turn_back(fused, pose)
-        as_high = (self.calibration_scores >= score[:, None]).sum(1)
-        return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
+# %% ../nbs/44_export.ipynb #e2e8d90e
+@patch
+def forward(self: DetectorGraph, image):
+    x, pose = self.preprocess(image), None
+    if self.template is not None:
+        x = turn(x, pose := search_poses(x, self.template))
+    fused = enlarge(fuse(*witnesses(self.maps(x))), self.score.stride)
+    score = pool(fused, self.score.pool, self.score.topk)
+    fused = fused if pose is None else turn_back(fused, pose)
+    as_high = (self.calibration_scores >= score[:, None]).sum(1)
+    return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
 
 # %% ../nbs/44_export.ipynb #0ac603a1
 @patch
@@ -268,7 +270,7 @@ def _name_nodes(graph, before=""):
         del thing.metadata_props[:]
         thing.doc_string = ""
 
-
+# %% ../nbs/44_export.ipynb #c3f4c76d
 def to_onnx(
     graph: DetectorGraph,  # what to convert
     example: torch.Tensor,  # (2,H,W,C): type and channels of the pixels
@@ -370,7 +372,7 @@ def _silent():
     finally:
         logging.disable(before)
 
-
+# %% ../nbs/44_export.ipynb #029f50a2
 def _network_nodes(model, layers: list[str]) -> list[str]:
     "Names of the nodes that eight bits reach: those layers', and what takes their results."
     constants, chosen, reached = {i.name for i in model.graph.initializer}, [], set()

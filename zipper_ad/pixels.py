@@ -296,7 +296,7 @@ def _steps(tail: _Tail, bounds: tuple[float, float], counts: np.ndarray) -> tupl
     used = np.flatnonzero(shares.any(0))
     return values[ends][used], shares[:, used]
 
-
+# %% ../nbs/34_pixels.ipynb #cdce109a
 def _recalls_above(faulty: list[np.ndarray], levels: np.ndarray) -> np.ndarray:
     "For each image, given its sorted faulty pixels, the share of them above each level (n,K)."
     return np.stack([1 - np.searchsorted(v, levels, "right") / len(v) for v in faulty])
@@ -373,7 +373,7 @@ def _level_counts(self: PixelMetrics) -> np.ndarray:
         counts[:, i, np.searchsorted(bins, s.bins)] = s.counts
     return counts[:, :, ::-1].cumsum(2)
 
-
+# %% ../nbs/34_pixels.ipynb #5fcfc1f1
 @patch
 def resampled(
     self: PixelMetrics,
