@@ -242,6 +242,7 @@ def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, 
     assert (counts["judged"], counts["skipped"]) == (3, 2) and shards(tmp_path) == shards(scored)
 
 
+@pytest.mark.slow  # killed at its very start, a worker was once waited for without end
 def test_a_worker_that_is_killed_costs_its_shards_alone(made, pictures, scored, tmp_path):
     "The real pool, and a real SIGKILL to one of its processes."
     def kill():
