@@ -4,13 +4,26 @@ import contextlib
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+# what hypothesis notes of this machine is of no use elsewhere
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "zipper_ad-hypothesis")))
 TINY = ["data.size=64", "model.widths=[8,16,32]", "model.latent=32", "train.epochs=3", "train.device=cpu"]
+
+
+class Trap:
+    "Unpickling this makes a file."
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import Trap
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -417,16 +418,6 @@ def test_detector_json_is_plain(trained):
     )
     assert len(facts["weights_sha256"]) == 64 and facts["threshold"]["value"] in facts["calibration_scores"]
     assert len(facts["data_fingerprint"]) == 16
-
-
-class Trap:
-    "Unpickling this makes a file."
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch", "torch-legacy", "numpy"])

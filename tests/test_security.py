@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Trap
 from PIL import Image
 
 from zipper_ad.core import InputError
@@ -25,16 +26,6 @@ from zipper_ad.picture import read_image
 from zipper_ad.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Trap:
-    "Unpickling this makes a file."
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
 
 
 @pytest.fixture

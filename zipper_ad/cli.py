@@ -145,6 +145,15 @@ def _say(error):
     print(f"zipper_ad: {error}".replace("\r", "\\r").replace("\n", "\\n"), file=sys.stderr)
 
 # %% ../nbs/50_cli.ipynb #b14f36b6
+def _in_words(e: Exception) -> str:
+    "What went wrong, and what to do."
+    if isinstance(e, SafetensorError):  # it wraps what the system said
+        return f"weights could not be written: {str(e).splitlines()[-1].strip()}. Check the free space; earlier checkpoints are kept."
+    if isinstance(e, OSError):
+        return f"{e.filename2 or e.filename or 'system'}: {e.strerror or e}. Check the path, its permissions and the free space."
+    return str(e)
+
+
 def main(
     arguments: list[str] | None = None,  # the words after `zipper_ad`; None: those of the shell
 ) -> int:
@@ -157,21 +166,10 @@ def main(
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except InputError as e:
+    except (InputError, SafetensorError, OSError) as e:
         if arguments.debug:
             raise
-        _say(e)
-        return 2
-    except SafetensorError as e:  # it wraps what the system said
-        if arguments.debug:
-            raise
-        _say(f"weights could not be written: {str(e).splitlines()[-1].strip()}. Check the free space; earlier checkpoints are kept.")
-        return 2
-    except OSError as e:
-        if arguments.debug:
-            raise
-        place = e.filename2 or e.filename or "system"
-        _say(f"{place}: {e.strerror or e}. Check the path, its permissions and the free space.")
+        _say(_in_words(e))
         return 2
     finally:
         for handler in logger.handlers:
@@ -511,7 +509,7 @@ def report(pairs):
 
     run, root = _option(pairs, "run", str), _option(pairs, "data", str)
     out, device = Path(_option(pairs, "out", str(Path(run) / "report.html"))), _option(pairs, "device", "auto")
-    pdf = _option(pairs, "pdf", "false") == "true"
+    pdf = _option(pairs, "pdf", False)
     _nothing_left(pairs, ["run", "data", "out", "device", "pdf"])
     if out.is_dir():
         raise InputError(f"{out}: is a folder. Give out= the name of a file, for example {out}/report.html.")

@@ -29,7 +29,7 @@ from .metrics import auroc_interval, resampled_pixels, roc_points
 from .pixels import at_size
 from .report import chart, format_interval, format_value, html_table, write_page
 from .score import p_values
-from .statistics import compare_detectors, holm, paired_difference, plot_p_values
+from .statistics import _p_value_axes, _p_value_line, compare_detectors, holm, paired_difference
 
 # %% ../nbs/47_compare.ipynb #bda14cea
 @dataclass
@@ -198,7 +198,7 @@ def plot_kinds(
 ) -> Figure:
     "AUROC of each kind of defect against all good pictures, a row a kind, a column a detector; the hardest kinds on top."
     blocks = [j.metrics["per_defect"] for j in comparison.judges]
-    if not comparison.pairs():
+    if not 0 < comparison.labels.sum() < len(comparison.labels):
         raise InputError("figures for each kind need good and defective pictures.")
     kinds = sorted(blocks[0], key=lambda k: np.mean([b[k]["auroc"] for b in blocks]))
     values = np.array([[b[k]["auroc"] for b in blocks] for k in kinds])
@@ -233,13 +233,10 @@ def plot_calibration(
     good = ~comparison.labels
     if not good.any():
         raise InputError("a calibration plot needs good pictures.")
-    held_out = min(len(j.detector.calibration_scores) for j in comparison.judges)
-    fig = plot_p_values(p_values(comparison.judges[0].scores[good], comparison.judges[0].detector.calibration_scores), held_out)
-    ax = fig.axes[0]
-    ax.lines[-1].remove()
+    fig, ax = _p_value_axes(good.sum(), min(len(j.detector.calibration_scores) for j in comparison.judges))
     for judge, (colour, style) in zip(comparison.judges, _LINES * len(comparison.judges), strict=False):
-        p = np.sort(p_values(judge.scores[good], judge.detector.calibration_scores))
-        ax.step([0, *p, 1], [0, *np.arange(1, len(p) + 1) / len(p), 1], style, where="post", color=colour, lw=1.6, label=judge.name)
+        p = p_values(judge.scores[good], judge.detector.calibration_scores)
+        _p_value_line(ax, p, ls=style, color=colour, lw=1.6, label=judge.name)
     ax.set(ylabel=f"share of {good.sum()} good pictures at or below")
     ax.legend(loc="lower right")
     return fig

@@ -256,14 +256,19 @@ def fpr_upper_bound(
     return float(stats.beta.ppf(confidence, place, n_calibration + 1 - place)) if place <= n_calibration else 1.0
 
 # %% ../nbs/31_metrics.ipynb #fbc6e267
+def _rates(promised_fpr: float, n_calibration: int, confidence: float = 0.95) -> str:
+    "Both rates in words."
+    bound = fpr_upper_bound(promised_fpr, n_calibration, confidence)
+    return f"{promised_fpr:.1%} on average, at most {bound:.1%} with {confidence:.0%} confidence"
+
+
 def describe_promise(
     promised_fpr: float,  # the rate that the threshold keeps on average, in (0, 1]
     n_calibration: int,  # held-out normal images that it rests on
     confidence: float = 0.95,  # of the bound, in (0, 1)
 ) -> str:
     "The rate of false alarms on average, and the rate that is kept with confidence, in one line."
-    bound = fpr_upper_bound(promised_fpr, n_calibration, confidence)
-    return f"{promised_fpr:.1%} on average, at most {bound:.1%} with {confidence:.0%} confidence, from {n_calibration} good images"
+    return f"{_rates(promised_fpr, n_calibration, confidence)}, from {n_calibration} good images"
 
 # %% ../nbs/31_metrics.ipynb #c1cab960
 def alarms_p_value(

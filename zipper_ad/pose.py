@@ -103,11 +103,6 @@ class Upright:
         self.template, self.farthest = template, farthest
 
 # %% ../nbs/06_pose.ipynb #61d93051
-def _moved(template: torch.Tensor, reach: int) -> torch.Tensor:
-    "The template (1,1,S,S) at all shifts of at most `reach` pixels, down and right, around its borders: columns of (S²,K²)."
-    return F.unfold(F.pad(template, (reach,) * 4, mode="circular"), template.shape[-1])[0].flip(1)
-
-
 def _match(shapes: torch.Tensor, angles: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     "Of the angles (B,A) and all small shifts those that fit best, as poses (B,3)."
     size, side, many = shapes.shape[-1], math.isqrt(moved.shape[1]), angles.shape[1]
@@ -140,7 +135,9 @@ def shifted(
     "The template (S,S) at all K × K small shifts, (S²,K²). Raises `InputError` before `fit`."
     if self.template is None:
         raise InputError("what is upright was never learned: call fit with pictures of good parts first.")
-    return _moved(self.template, max(1, round(self.farthest * self.template.shape[-1])))
+    size = self.template.shape[-1]
+    around = F.pad(self.template, (max(1, round(self.farthest * size)),) * 4, mode="circular")
+    return F.unfold(around, size)[0].flip(1)  # a window further down holds the template moved further up
 
 
 @patch

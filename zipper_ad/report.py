@@ -28,7 +28,7 @@ from PIL import Image
 
 from .core import InputError, atomic_path
 from .interpret import COLOURS, HEAT, pick_examples, plot_pr, plot_roc, plot_scores, show_verdicts, verdict_panels
-from .metrics import perfect_auroc_bound, wilson_interval
+from .metrics import _rates, perfect_auroc_bound, wilson_interval
 from .score import Threshold
 
 # %% ../nbs/41_report.ipynb #aa08ded0
@@ -102,12 +102,8 @@ def _percent(share: float) -> str:
 
 def _promise(threshold: dict) -> str:
     "The rate that is promised on average, and the one that is kept with confidence where the number of pictures is known."
-    n, text = threshold.get("n_calibration"), f"{threshold['promised_fpr']:.1%} on average"
-    if not n:
-        return text
-    from zipper_ad.metrics import fpr_upper_bound
-
-    return f"{text}, at most {fpr_upper_bound(threshold['promised_fpr'], n):.1%} with 95% confidence"
+    rate, n = threshold["promised_fpr"], threshold.get("n_calibration")
+    return _rates(rate, n) if n else f"{rate:.1%} on average"
 
 
 def _false_alarms(metrics: dict, what: str) -> str:

@@ -410,6 +410,26 @@ def cost_threshold(
     return Threshold(chosen.value, chosen.target_fpr, chosen.promised_fpr, chosen.n_calibration, message)
 
 # %% ../nbs/33_statistics.ipynb #09d13378
+def _p_value_axes(n: int, n_calibration: int | None, level: float = 0.95):
+    "A figure and its axes with the diagonal, and the band in which the curve of n normal p-values lies."
+    import matplotlib.pyplot as plt
+
+    size = n * n_calibration / (n + n_calibration) if n_calibration else n
+    half = stats.kstwo.ppf(level, max(round(size), 1))
+    fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
+    grid = np.linspace(0, 1, 201)
+    ax.fill_between(grid, np.clip(grid - half, 0, 1), np.clip(grid + half, 0, 1), color="0.88", lw=0, label=f"{level:.0%} band")
+    ax.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--")
+    ax.set(xlabel="p-value", ylabel="share at or below", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    return fig, ax
+
+
+def _p_value_line(ax, p_values: np.ndarray, **look):
+    "The share of p-values at or below p, as steps."
+    p = np.sort(p_values)
+    ax.step([0, *p, 1], [0, *np.arange(1, len(p) + 1) / len(p), 1], where="post", **look)
+
+
 def plot_p_values(
     p_values,  # p-values of normal images, in [0, 1], (m,)
     n_calibration: int | None = None,  # held-out normals behind them; None: their share in the chance is left out, and the band too narrow
@@ -419,16 +439,8 @@ def plot_p_values(
     p = np.sort(_finite_scores(p_values, "p-values"))
     if not len(p) or p[0] < 0 or p[-1] > 1:
         raise InputError("a calibration plot needs p-values, each between 0 and 1.")
-    import matplotlib.pyplot as plt
-
-    size = len(p) * n_calibration / (len(p) + n_calibration) if n_calibration else len(p)
-    half = stats.kstwo.ppf(level, max(round(size), 1))
-    fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
-    grid = np.linspace(0, 1, 201)
-    ax.fill_between(grid, np.clip(grid - half, 0, 1), np.clip(grid + half, 0, 1), color="0.88", lw=0, label=f"{level:.0%} band")
-    ax.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls="--")
-    ax.step([0, *p, 1], [0, *np.arange(1, len(p) + 1) / len(p), 1], where="post", color="#0072B2", label=f"{len(p)} normal images")
-    ax.set(xlabel="p-value", ylabel="share at or below", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    fig, ax = _p_value_axes(len(p), n_calibration, level)
+    _p_value_line(ax, p, color="#0072B2", label=f"{len(p)} normal images")
     ax.legend(loc="lower right", frameon=False)
     return fig
 
