@@ -33,6 +33,7 @@ from .config import Config, config_from_dict, make_config, save_config
 from .core import InputError, atomic_path
 from .data import AnomalyDataset, find_items, fingerprint, split_normals
 from .detector import FORMAT, Detector, versions
+from .metrics import _rates
 from .picture import SUFFIXES
 from .report import count_of, flatten
 from .score import Threshold, smallest_fpr
@@ -131,7 +132,7 @@ def describe(self: Recalibration) -> str:
     n, drift = len(self.new_scores), self.drift
     lines = [
         f"threshold: {self.old.value:.4g} before, from {self.old.n_calibration} pictures; {self.new.value:.4g} now, from {n}.",
-        f"promised: at most {self.new.promised_fpr:.1%} false alarms on average, on pictures like the new ones.",
+        f"false alarms promised, on pictures like the new ones: {_rates(self.new.promised_fpr, n)}.",
         f"the old threshold calls of the new ones anomalous: {count_of(self.alarms, n)}.",
     ]
     if self.drifted:
@@ -210,7 +211,7 @@ def _origin(facts: dict, config: Config, record: dict, again: dict) -> list[str]
     promise = {
         "threshold": f"{t['value']:.6g}", "set on": f"{t['n_calibration']} good photographs that were not trained on",
         "false alarms asked": f"{t['target_fpr']:.1%}",
-        "false alarms promised": f"at most {t['promised_fpr']:.1%}, on average over calibrations",
+        "false alarms promised": _rates(t["promised_fpr"], t["n_calibration"]),
         "note": t.get("message"), "recalibrated": again.get("when"), "threshold before": f"{again['old']['value']:.6g}" if again else None,
     }  # fmt: skip
     return ["## Trained on", "", *_table(trained), "## Threshold and promise", "", *_table(promise)]
