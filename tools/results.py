@@ -22,7 +22,7 @@ CNN at 128 x 128 pixels trained for 60 epochs; the groups `damage` and `head` ha
 map. Experiments that change only how maps become a score train nothing: they score the baseline's run again, after calibrating it anew,
 which takes seconds (and the baseline's training first, where that run is missing). `ablation-default-…` scores it again as it is. A row
 that changes the training takes as long as the baseline. `size_128` has no row: it is the baseline. Rows hold the score of each picture,
-for paired intervals.
+for paired intervals, and those of the held-out normals, for p-values.
 """
 
 import fnmatch
@@ -61,7 +61,8 @@ def rows() -> dict[str, dict]:
     for kind in ALIGNED:
         others = "{" + ", ".join(f"{k}: {w}" for k, w in ALIGNED.items() if k != kind) + "}"
         table[f"damage-without-{kind}-zippers"] = ("zippers", ["model=cnn", f"damage.kinds={others}", *SMALL])
-    table |= {f"realtime-{f}-{d}-seed0": (d, [f"model={f}", "preset=realtime"]) for d in ("zippers", "photographs") for f in FAMILIES}
+    table |= {f"realtime-{f}-{d}-seed{s}": (d, [f"model={f}", "preset=realtime", *([f"seed={s}"] if s else [])])
+              for s in (0, 1, 2) for d in ("zippers", "photographs") for f in FAMILIES}
     table |= {f"precision-cnn-{p}-zippers-seed{s}": ("zippers", ["model=cnn", f"seed={s}", f"train.precision={p}", *SMALL])
               for s in (0, 1, 2) for p in ("fp32", "bf16")}
     for s in (0, 1, 2):
@@ -186,7 +187,8 @@ def measure(run: Path, data: Path) -> dict:
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
     for name, fused in (("mean of all", torch.stack(list(tested.values())).mean(0)), ("largest of all", fuse(list(tested.values())))):
         alone[name] = {"image_auroc": float(roc_auc_score(labels, pool(fused).numpy()))}
-    return metrics | {"maps_alone": alone, "scores": scores_of(verdicts, data)}
+    return metrics | {"maps_alone": alone, "calibration_scores": [float(f"{s:.7g}") for s in detector.calibration_scores.sort().values],
+                      "scores": scores_of(verdicts, data)}
 
 
 def ensemble(runs: list[Path], data: Path) -> dict:
