@@ -23,7 +23,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 # A module imports from its own layer or a lower one, never from a higher one.
 LAYERS = {
-    "core": 0, "config": 0,
+    "core": 0, "config": 0, "resources": 0,
     "picture": 1, "data": 1, "synth": 1, "corrupt": 1, "screw": 1, "pose": 1,
     "losses": 2, "models.base": 2, "models.cnn": 2, "models.resnet": 2, "models.vit": 2, "models.diffusion": 2, "models.head": 2,
     "learner": 3, "callbacks": 3, "resume": 3, "tensorboard": 3, "distributed": 3,

@@ -109,18 +109,19 @@ predictor = Predictor(sys.argv[1], int(sys.argv[2]))
 picture = np.random.default_rng(0).integers(0, 256, (predictor.size, predictor.size), dtype=np.uint8)
 predictor.predict(picture)
 first = time.perf_counter() - start
-times = []
+times, began, worked = [], time.perf_counter(), time.process_time()
 for _ in range(int(sys.argv[3])):
     start = time.perf_counter()
     predictor.predict(picture)
     times.append(1000 * (time.perf_counter() - start))
+cores = (time.process_time() - worked) / (time.perf_counter() - began)
 p50, p95 = np.percentile(times[len(times) // 10 :], [50, 95])
 try:  # what getrusage says on Linux includes the process that started this one
     peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 except OSError:
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-print(first, peak, "torch" in sys.modules, p50, p95)"""
+print(first, peak, "torch" in sys.modules, p50, p95, cores)"""
 
 # %% ../nbs/46_bench.ipynb #2fa0a1fb
 def measure_process(
@@ -128,13 +129,13 @@ def measure_process(
     threads: int = 2,  # of the predictor
     rounds: int = 100,  # verdicts after the first; the first tenth does not count
 ) -> dict:
-    "Seconds to the first verdict, imports included, milliseconds of further ones, and the largest resident memory in MB."
+    "Seconds to the first verdict with imports, milliseconds and busy cores of further ones, and the largest resident memory in MB."
     done = subprocess.run([sys.executable, "-c", _alone, str(file), str(threads), str(rounds)], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{file}: cannot be run ({done.stderr.strip().splitlines()[-1][:200]}).")
-    first, memory, with_torch, p50, p95 = done.stdout.split()
+    first, memory, with_torch, p50, p95, cores = done.stdout.split()
     return {"first_verdict_s": round(float(first), 2), "peak_mb": round(int(memory) / 1024), "imports_torch": with_torch == "True",
-            "p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3)}
+            "p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3), "cores": round(float(cores), 2)}
 
 # %% ../nbs/46_bench.ipynb #44244883
 def where_time_goes(
@@ -253,7 +254,8 @@ def write_bench(
     lines = [[escape(str(r.get(k, "–"))) for k in columns] for r in results["rows"]]
     table = html_table(lines, columns.values(), "Latency from decoded pixels to verdict")
     parts = {k: f"{results['size_mb'][k]} MB on disk; in a process of its own {v['peak_mb']} MB of memory, first verdict after "
-                f"{v['first_verdict_s']} s, each further one {v['p50_ms']:.1f} ms (95 of 100 within {v['p95_ms']:.1f} ms)"
+                f"{v['first_verdict_s']} s, each further one {v['p50_ms']:.1f} ms (95 of 100 within {v['p95_ms']:.1f} ms), "
+                f"{v['cores']:.1f} cores at work"
              for k, v in results["process"].items()}
     notes = "".join(f"<li>{escape(k)}: {escape(v)}</li>" for k, v in parts.items())
     work = results["work"]

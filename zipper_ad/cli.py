@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("-v", "--verbose", action="store_true", help="say more")
     shared.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    shared.add_argument("--watch", action="store_true", help="tell every few seconds what the command takes of processor and memory")
     description = "Find bad zippers, and other parts, with autoencoders."
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("zipper_ad", description=description, epilog=EXAMPLES, formatter_class=raw)
@@ -154,6 +156,18 @@ def _in_words(e: Exception) -> str:
     return str(e)
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    "The command itself, watched if that was asked for."
+    options = {name: getattr(arguments, name) for name in arguments.options}
+    watched = nullcontext()
+    if arguments.watch:
+        from zipper_ad.resources import tell_resources
+
+        watched = tell_resources()
+    with watched:
+        return arguments.function(parse_overrides(arguments.settings), **options) or 0
+
+
 def main(
     arguments: list[str] | None = None,  # the words after `zipper_ad`; None: those of the shell
 ) -> int:
@@ -161,8 +175,7 @@ def main(
     arguments = _parse_arguments(arguments)
     _log_to_terminal(arguments)
     try:
-        options = {name: getattr(arguments, name) for name in arguments.options}
-        return arguments.function(parse_overrides(arguments.settings), **options) or 0
+        return _run(arguments)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
