@@ -44,8 +44,8 @@ from zipper_ad.data import AnomalyDataset, find_items
 from zipper_ad.detector import Detector
 from zipper_ad.metrics import wilson_interval
 from zipper_ad.models.head import Restorer
-from zipper_ad.score import conformal_threshold
 from zipper_ad.synth import render_dataset
+from zipper_ad.threshold import conformal_threshold
 
 SMALL = ["data.size=32", "model.widths=[4,8]", "model.latent=8", "train.device=cpu"]
 

@@ -17,8 +17,8 @@ from zipper_ad.data import AnomalyDataset, find_items, fingerprint, split_normal
 from zipper_ad.detector import Detector
 from zipper_ad.export import export_detector
 from zipper_ad.models.head import Restorer
-from zipper_ad.score import conformal_threshold
 from zipper_ad.synth import render_zipper
+from zipper_ad.threshold import conformal_threshold
 
 
 def photographs(where, seeds, darker=0):

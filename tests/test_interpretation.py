@@ -8,7 +8,7 @@ import pytest
 from zipper_ad.core import InputError
 from zipper_ad.detector import Verdict
 from zipper_ad.interpretation import ORDERS, Interpretation
-from zipper_ad.score import Threshold
+from zipper_ad.threshold import Threshold
 
 LIMIT = Threshold(1.0, 0.05, 0.05, 19)
 

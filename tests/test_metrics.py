@@ -1,19 +1,18 @@
 "Metrics: properties and broken input."
 
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage, stats
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zipper_ad import metrics as m
 from zipper_ad.core import InputError
 from zipper_ad.data import PackedMasks
 from zipper_ad.pixels import at_size
-from zipper_ad.score import conformal_threshold
+from zipper_ad.threshold import conformal_threshold
 
 
 def problem(seed, n=12, size=24):
@@ -160,22 +159,6 @@ def test_broken_values_are_errors(scored, bad):
     maps[3, 0, 0] = bad
     with pytest.raises(InputError, match="image 3"):
         m.evaluate_scores(scores, labels, kinds, threshold, maps, masks)
-
-
-@pytest.mark.parametrize("n, target", [(24, 0.05), (60, 0.1), (99, 0.01), (3, 0.9)])
-def test_promise_of_a_threshold(n, target):
-    "The rate of the threshold's rank among uniform scores, by its distribution; and p-values of what was observed, by counting ranks."
-    threshold = conformal_threshold(np.arange(n) * 1.0, target, quiet=True)
-    above = int(n - 1 - threshold.value)  # held-out scores above it
-    bound = m.fpr_upper_bound(threshold.promised_fpr, n)
-    assert stats.binom.cdf(above, n, bound) == pytest.approx(0.05, abs=1e-9)  # so few above, were the rate larger: one in twenty
-    assert m.fpr_upper_bound(threshold.promised_fpr, n, 0.5) < bound
-    report = m.evaluate_scores([*np.full(7, n + 1.0), *np.full(13, -1.0)], np.zeros(20), ["good"] * 20, threshold)["threshold"]
-    assert report["fpr_upper_bound"] == bound and report["confidence"] == 0.95
-    assert f"at most {bound:.1%} with 95% confidence" in report["notes"][0]
-    orders = math.comb(n + 20, 20)  # of held-out and new scores, all alike
-    at_least = sum(math.comb(above + k, k) * math.comb(n - 1 - above + 20 - k, 20 - k) for k in range(7, 21))
-    assert report["p_value"] == pytest.approx(at_least / orders)
 
 
 @pytest.mark.parametrize("n_kinds, n_maps, n_masks", [(11, 12, 12), (12, 11, 12), (12, 12, 11)])

@@ -28,7 +28,7 @@ LAYERS = {
     "losses": 2, "models.base": 2, "models.cnn": 2, "models.resnet": 2, "models.vit": 2, "models.diffusion": 2, "models.head": 2,
     "learner": 3, "callbacks": 3, "resume": 3, "tensorboard": 3, "distributed": 3,
     "lr_find": 3,
-    "score": 4, "metrics": 4, "statistics": 4, "pixels": 4, "pod": 4,
+    "score": 4, "threshold": 4, "drift": 4, "metrics": 4, "statistics": 4, "pixels": 4, "pod": 4,
     "detector": 5,
     "interpret": 6, "interpretation": 6, "report": 6, "training_report": 6, "tune": 6, "export": 6, "bench": 6, "scale": 6, "compare": 6,
     "predictor": 6, "archive": 6, "care": 6, "watch": 6, "serve": 6,

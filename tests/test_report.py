@@ -12,20 +12,11 @@ import pytest
 
 from zipper_ad.core import InputError
 from zipper_ad.detector import Verdict
-from zipper_ad.interpret import (
-    overlay,
-    pick_examples,
-    plot_pr,
-    plot_pro,
-    plot_roc,
-    plot_scores,
-    show_verdict,
-    show_verdicts,
-    verdict_panels,
-)
+from zipper_ad.interpret import pick_examples, plot_pr, plot_pro, plot_roc, plot_scores, show_verdict, show_verdicts, verdict_panels
 from zipper_ad.metrics import evaluate_scores
+from zipper_ad.picture import overlay
 from zipper_ad.report import write_pdf, write_report
-from zipper_ad.score import Threshold, conformal_threshold
+from zipper_ad.threshold import Threshold, conformal_threshold
 
 THRESHOLD = conformal_threshold(np.linspace(0, 1, 39))
 SCALE = (0.0, 1.5)

@@ -1,6 +1,5 @@
 "Scores and thresholds: properties that a notebook would be tedious for."
 
-import logging
 import subprocess
 import sys
 
@@ -9,18 +8,7 @@ import pytest
 import torch
 
 from zipper_ad.core import InputError
-from zipper_ad.score import (
-    ERROR_KINDS,
-    LocationCalibration,
-    calibrate,
-    conformal_threshold,
-    error_map,
-    fuse,
-    p_values,
-    pool,
-    smallest_fpr,
-    smooth,
-)
+from zipper_ad.score import ERROR_KINDS, LocationCalibration, calibrate, error_map, fuse, pool, smooth
 
 
 def test_import_is_light():
@@ -105,56 +93,6 @@ def test_pool_of_a_batch():
     torch.testing.assert_close(pool(maps, "topk", k=7), maps.flatten(1).sort(1, descending=True).values[:, :7].mean(1))
     with pytest.raises(InputError):
         pool(maps, "topk", k=0)
-
-
-@pytest.mark.parametrize(
-    "n, fpr, rank",
-    [(99, 0.01, 99), (19, 0.05, 19), (39, 0.05, 38), (199, 0.01, 198), (9, 0.1, 9), (999, 0.003, 997), (9, 0.3, 7)],
-)
-def test_exact_ranks(n, fpr, rank):
-    "(n + 1)(1 − α) is whole in all of these, and must not be rounded up by a floating-point error."
-    threshold = conformal_threshold(np.random.default_rng(0).permutation(np.arange(1.0, n + 1)), fpr)
-    assert threshold.value == rank and threshold.message == ""
-    assert threshold.promised_fpr == pytest.approx(fpr)
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 20, 63, 150])
-@pytest.mark.parametrize("fpr", [0.001, 0.01, 0.05, 0.2, 0.5, 0.99])
-def test_promise_is_the_smallest_rank_that_keeps_it(n, fpr):
-    threshold = conformal_threshold(np.arange(1, n + 1), fpr)
-    assert threshold.promised_fpr == pytest.approx((n + 1 - threshold.value) / (n + 1))
-    if fpr < smallest_fpr(n):
-        assert threshold.value == n and threshold.message
-    else:
-        assert threshold.promised_fpr <= fpr + 1e-9
-        assert threshold.value == 1 or (n + 2 - threshold.value) / (n + 1) > fpr
-
-
-def test_too_few_normals_warn(caplog):
-    with caplog.at_level(logging.WARNING):
-        threshold = conformal_threshold(np.arange(5.0), 0.05)
-    assert threshold.message in caplog.text and "Hold out 19" in threshold.message
-
-
-@pytest.mark.parametrize("fpr", [0, 1, -0.1, 1.5, float("nan")])
-def test_bad_rates(fpr):
-    with pytest.raises(InputError, match="between 0 and 1"):
-        conformal_threshold(np.arange(50.0), fpr)
-
-
-def test_threshold_and_p_values_agree_with_ties():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        calibration, new = rng.integers(0, 12, 30).astype(float), rng.integers(0, 15, 60).astype(float)
-        threshold = conformal_threshold(calibration, 0.1)
-        p = p_values(new, calibration)
-        assert ((new > threshold.value) <= (p <= threshold.promised_fpr + 1e-12)).all()
-        assert 1 / 31 <= p.min() and p.max() <= 1
-
-
-def test_p_values_reject_nan():
-    with pytest.raises(InputError, match="not finite"):
-        p_values([np.nan], [1.0, 2.0])
 
 
 # ---------------------------------------------------------------- surprise

@@ -35,9 +35,8 @@ from zipper_ad.config import make_config
 from zipper_ad.core import InputError
 from zipper_ad.detector import Detector
 from zipper_ad.export import export_detector
-from zipper_ad.interpret import overlay
 from zipper_ad.models.head import Restorer
-from zipper_ad.picture import MAX_PIXELS, Judge, Verdict, read_image
+from zipper_ad.picture import MAX_PIXELS, Judge, Verdict, overlay, read_image
 from zipper_ad.predictor import Predictor
 from zipper_ad.serve import Batcher, Refused, Service, check_token, describe_judge, listen, make_app, read_bytes, serve
 from zipper_ad.synth import render_defect, render_zipper

@@ -12,7 +12,6 @@ from zipper_ad import statistics as s
 from zipper_ad.core import InputError
 from zipper_ad.metrics import auprc, auroc, bootstrap_interval
 from zipper_ad.pixels import at_size
-from zipper_ad.score import Threshold, conformal_threshold
 
 
 def problem(seed, n=None):
@@ -216,92 +215,7 @@ def test_across_seeds_agrees_with_scipy():
         s.across_seeds([])
 
 
-def test_user_threshold_is_the_conformal_one_at_its_value():
-    rng = np.random.default_rng(0)
-    for n in range(1, 60):
-        scores = rng.normal(size=n)
-        conformal = conformal_threshold(scores, 0.1)
-        assert s.user_threshold(conformal.value, scores).promised_fpr == pytest.approx(conformal.promised_fpr, abs=1e-12)
-
-
-def test_cost_threshold_is_the_cheapest_of_all():
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        normal, damaged = np.round(rng.normal(size=rng.integers(1, 30)), 1), np.round(rng.normal(1.5, 1, rng.integers(1, 30)), 1)
-        miss, alarm, share = rng.uniform(0.1, 50), rng.uniform(0.1, 5), rng.uniform(0.001, 0.9)
-        cost = lambda t: (1 - share) * alarm * np.mean(normal > t) + share * miss * np.mean(damaged <= t)  # noqa: E731, B023
-        chosen = s.cost_threshold(normal, damaged, miss, alarm, share)
-        tried = np.unique([*normal, *damaged, *(normal + 0.05), -99, 99])
-        assert s.expected_cost(tried, normal, damaged, miss, alarm, share) == pytest.approx([cost(t) for t in tried], abs=1e-12)
-        assert cost(chosen.value) == pytest.approx(min(cost(t) for t in tried), abs=1e-12)
-        assert isinstance(chosen, Threshold) and np.isfinite(chosen.value) and 0 < chosen.promised_fpr <= 1
-
-
-@pytest.mark.parametrize("setting", [(0, 1, 0.1), (1, 0, 0.1), (1, 1, 0), (1, 1, 1), (np.inf, 1, 0.1), (np.nan, 1, 0.1)])
-def test_impossible_costs_are_errors(setting):
-    with pytest.raises(InputError, match="must be above 0"):
-        s.cost_threshold([1.0], [2.0], *setting)
-
-
-def test_drift_test_of_broken_input():
-    for scores, before in (([], [1.0]), ([1.0], []), ([np.nan], [1.0])):
-        with pytest.raises(InputError):
-            s.drift_test(scores, before)
-    result = s.drift_test([5.0] * 20, [5.0] * 30)  # all alike
-    assert result["p_value"] == 1 and result["higher"] == 0.5 and json.loads(json.dumps(result)) == result
-
-
-def test_online_p_values_rank_among_all_before():
-    rng = np.random.default_rng(0)
-    before, scores = np.round(rng.normal(size=15), 1).tolist(), np.round(rng.normal(size=40), 1)
-    p_of, random = s.OnlinePValues(before, seed=4), np.random.default_rng(4)
-    for score in scores:
-        higher, equal = sum(v > score for v in before), sum(v == score for v in before)
-        assert p_of(score) == pytest.approx((higher + (1 - random.random()) * (equal + 1)) / (len(before) + 1), abs=1e-12)
-        before.append(score)
-    assert p_of.seen == sorted(before)
-
-
-def test_monitor_is_a_mixture_over_bets_and_starts():
-    "The recursion against its definition: for each start k a stake of 1 / (k (k + 1)), spread over 16 bets."
-    p = np.random.default_rng(0).random(60) ** 1.5
-    monitor, bets = s.DriftMonitor(), s._bets(p)
-    for n in range(1, len(p) + 1):
-        begun = sum(bets[k - 1 : n].prod(0).mean() / (k * (k + 1)) for k in range(1, n + 1))
-        assert monitor.update(p[n - 1]) == pytest.approx(begun + 1 / (n + 1), rel=1e-10)
-
-
-@pytest.mark.parametrize("p_values", [[], [0.5, 1.5], [-1.0], [np.nan]])
-def test_plot_of_what_are_no_p_values(p_values):
-    with pytest.raises(InputError):
-        s.plot_p_values(p_values)
-
-
 # ---------------------------------------------------------------- a rate that is kept with confidence
-@pytest.mark.parametrize("n, rate, confidence", [(24, 0.2, 0.9), (59, 0.05, 0.95), (60, 0.1, 0.95), (200, 0.05, 0.99), (300, 0.01, 0.9)])
-def test_guaranteed_threshold_is_the_lowest_score_that_keeps_the_rate(n, rate, confidence):
-    scores = np.random.default_rng(n).permutation(n) * 1.0
-    found = s.guaranteed_threshold(scores, rate, confidence)
-    above = int(n - 1 - found.value)
-    kept = [stats.binom.cdf(k, n, rate) for k in (above, above + 1)]  # P(no more than k of n lie above the true quantile)
-    assert 1 - kept[0] >= confidence - 1e-12 > 1 - kept[1]
-    assert found.promised_fpr == (above + 1) / (n + 1) and found.n_calibration == n and not found.message
-
-
-def test_too_few_normals_guarantee_what_they_can(caplog):
-    found = s.guaranteed_threshold(np.arange(24.0), 0.05)
-    assert found.value == 23 and found.promised_fpr == 1 / 25 and "guarantee a false-alarm rate of 11.7%" in found.message
-    assert "Hold out 59 or more" in found.message and found.message in caplog.text
-    caplog.clear()
-    assert s.guaranteed_threshold(np.arange(24.0), 0.05, quiet=True) == found and not caplog.text
-    assert s.smallest_guaranteed_fpr(24) == pytest.approx(1 - 0.05 ** (1 / 24))
-
-
-@pytest.mark.parametrize("setting", [{"target_fpr": 0}, {"target_fpr": 1}, {"confidence": 0}, {"confidence": 1}, {"scores": []},
-                                     {"scores": [np.nan]}])
-def test_impossible_guarantees_are_errors(setting):
-    with pytest.raises(InputError):
-        s.guaranteed_threshold(**({"scores": [1.0, 2.0]} | setting))
 
 
 # ---------------------------------------------------------------- ranks over data sets

@@ -21,8 +21,8 @@ from PIL import Image
 
 from zipper_ad import watch
 from zipper_ad.core import InputError, atomic_path
+from zipper_ad.drift import DriftMonitor, OnlinePValues
 from zipper_ad.picture import Judge, Verdict, as_pixels
-from zipper_ad.statistics import DriftMonitor, OnlinePValues
 from zipper_ad.watch import Bands, Drift, Ledger, Queue, Stamp, Watcher, WatchSettings, audit, make_bands, read_verdicts, walk_images
 
 

@@ -187,7 +187,7 @@ def measure(run: Path, data: Path) -> dict:
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
     for name, fused in (("mean of all", torch.stack(list(tested.values())).mean(0)), ("largest of all", fuse(list(tested.values())))):
         alone[name] = {"image_auroc": float(roc_auc_score(labels, pool(fused).numpy()))}
-    return metrics | {"maps_alone": alone, "calibration_scores": [float(f"{s:.7g}") for s in detector.calibration_scores.sort().values],
+    return metrics | {"maps_alone": alone, "calibration_scores": [float(f"{s:.7g}") for s in np.sort(detector.calibration_scores)],
                       "scores": scores_of(verdicts, data)}
 
 
@@ -215,7 +215,7 @@ def threshold_of(scores, rate):
     "The conformal threshold, without the warning that few pictures promise little: the row says what is promised."
     import logging
 
-    from zipper_ad.score import conformal_threshold
+    from zipper_ad.threshold import conformal_threshold
 
     logging.getLogger("zipper_ad.score").setLevel(logging.ERROR)
     return conformal_threshold(scores.numpy(), rate)

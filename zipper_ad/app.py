@@ -44,9 +44,10 @@ from .compare import run_names
 from .core import InputError, atomic_path
 from .data import AnomalyDataset, cache_folder, find_items, fingerprint
 from .detector import Detector, Verdict
-from .interpret import COLOURS, drawn, overlay, verdict_panels
+from .interpret import COLOURS, drawn, verdict_panels
 from .metrics import auroc, auroc_interval, roc_points, wilson_interval
-from .score import conformal_threshold, p_values
+from .picture import overlay
+from .threshold import conformal_threshold, p_values
 
 # %% ../nbs/51_app.ipynb #04d05d3c
 try:

@@ -33,11 +33,10 @@ from .config import Config, config_from_dict, make_config, save_config
 from .core import InputError, atomic_path
 from .data import AnomalyDataset, find_items, fingerprint, split_normals
 from .detector import FORMAT, Detector, versions
-from .metrics import _rates
+from .drift import drift_test
 from .picture import SUFFIXES
 from .report import count_of, flatten
-from .score import Threshold, smallest_fpr
-from .statistics import drift_test
+from .threshold import Threshold, _rates, smallest_fpr
 
 logger = logging.getLogger(__name__)
 

@@ -358,7 +358,7 @@ def _train_here(config, out: str, overwrite: bool, resume: bool):
         agree(0)  # the others go on when the folder is there
         detector = _train(config, folder, resume)
     if detector:
-        from zipper_ad.metrics import describe_promise
+        from zipper_ad.threshold import describe_promise
 
         t = detector.threshold
         print(f"detector: {out}\nthreshold {t.value:.4g}, false alarms promised: {describe_promise(t.promised_fpr, t.n_calibration)}")
@@ -448,7 +448,7 @@ def describe_metrics(
     metrics: dict,  # as in metrics.json
 ) -> str:
     "The main figures in a few lines, with their intervals."
-    from zipper_ad.metrics import describe_promise
+    from zipper_ad.threshold import describe_promise
 
     def figure(block, name):
         value, ci = metrics[block][name], metrics[block].get("ci", {})
@@ -650,7 +650,7 @@ def _save_pictures(verdict, name: str, out: Path, scale):
     import numpy as np
     from PIL import Image
 
-    from zipper_ad.interpret import overlay
+    from zipper_ad.picture import overlay
 
     heatmap = overlay(verdict.image, verdict.anomaly_map, scale)
     if heatmap.dtype != np.uint8:

@@ -28,8 +28,8 @@ from .interpret import COLOURS, drawn, verdict_panels
 from .metrics import auroc_interval, resampled_pixels, roc_points
 from .pixels import at_size
 from .report import chart, format_interval, format_value, html_table, write_page
-from .score import p_values
-from .statistics import _p_value_axes, _p_value_line, compare_detectors, holm, paired_difference
+from .statistics import compare_detectors, holm, paired_difference
+from .threshold import _p_value_axes, _p_value_line, p_values
 
 # %% ../nbs/47_compare.ipynb #bda14cea
 @dataclass

@@ -30,19 +30,8 @@ from .models.base import read_weights
 from .models.head import Restorer
 from .picture import Judge, Verdict, as_pixels
 from .pose import Upright, turn, turn_back
-from zipper_ad.score import (
-    ERROR_KINDS,
-    LocationCalibration,
-    Threshold,
-    calibrate,
-    conformal_threshold,
-    enlarge,
-    error_map,
-    fuse,
-    p_values,
-    pool,
-    smooth,
-)
+from .score import ERROR_KINDS, LocationCalibration, calibrate, enlarge, error_map, fuse, pool, smooth
+from .threshold import Threshold, conformal_threshold, p_values
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +158,7 @@ def _choose_threshold(scores: np.ndarray, settings: ScoreConfig) -> Threshold:
     "The threshold that keeps the rate asked: on average, or in each single case with the confidence asked."
     if not settings.confidence:
         return conformal_threshold(scores, settings.target_fpr)
-    from zipper_ad.statistics import guaranteed_threshold  # scikit-learn takes a second to import, and only this needs it
+    from zipper_ad.threshold import guaranteed_threshold  # scikit-learn takes a second to import, and only this needs it
 
     return guaranteed_threshold(scores, settings.target_fpr, settings.confidence)
 

@@ -19,7 +19,7 @@ from .core import InputError
 from .data import AnomalyDataset
 from .detector import Detector
 from .interpret import _text, drawn, plot_pr, plot_pro, plot_roc, show_verdicts
-from .score import Threshold
+from .threshold import Threshold
 
 # %% ../nbs/43_interpretation.ipynb #102edfa2
 class Interpretation:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'auroc', 'auprc', 'f1_max', 'roc_points', 'pr_points', 'recall_at_fpr', 'bootstrap_interval',
-           'roc_band', 'perfect_auroc_bound', 'auroc_interval', 'wilson_interval', 'fpr_upper_bound',
-           'describe_promise', 'alarms_p_value', 'recall_at_rates', 'pro_curve', 'aupro', 'iou', 'dice',
-           'balanced_accuracy', 'image_metrics', 'pixel_metrics', 'per_defect', 'resampled_pixels', 'evaluate_scores']
+           'roc_band', 'perfect_auroc_bound', 'auroc_interval', 'wilson_interval', 'recall_at_rates', 'pro_curve',
+           'aupro', 'iou', 'dice', 'balanced_accuracy', 'image_metrics', 'pixel_metrics', 'per_defect',
+           'resampled_pixels', 'evaluate_scores']
 
 # %% ../nbs/31_metrics.ipynb #39249479
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from sklearn.metrics import (
 )
 
 from .core import InputError
-from .score import Threshold, conformal_threshold
+from .threshold import Threshold, alarms_p_value, conformal_threshold, describe_promise, fpr_upper_bound
 
 # %% ../nbs/31_metrics.ipynb #aebb012a
 def _labelled(labels, scores) -> tuple[np.ndarray, np.ndarray]:
@@ -241,45 +241,6 @@ def wilson_interval(
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * (k * (n - k) / n + z**2 / 4) ** 0.5
     return [float(max(middle - half, 0)), float(min(middle + half, 1))]
-
-# %% ../nbs/31_metrics.ipynb #9a89839f
-def fpr_upper_bound(
-    promised_fpr: float,  # the rate that the threshold keeps on average, `Threshold.promised_fpr`, in (0, 1]
-    n_calibration: int,  # held-out normal images that it rests on
-    confidence: float = 0.95,  # share of calibrations that keep the bound, in (0, 1)
-) -> float:
-    "The false-alarm rate kept with this confidence: a quantile of Beta(m, n + 1 − m) with m = promised_fpr · (n + 1) (Vovk, 2012)."
-    if not (0 < promised_fpr <= 1 and 0 < confidence < 1 and n_calibration > 0):
-        raise InputError(f"promised_fpr={promised_fpr}, n_calibration={n_calibration}, confidence={confidence}: a rate, a number of "
-                         "images and a confidence between 0 and 1 are needed.")
-    place = min(max(round(promised_fpr * (n_calibration + 1)), 1), n_calibration + 1)
-    return float(stats.beta.ppf(confidence, place, n_calibration + 1 - place)) if place <= n_calibration else 1.0
-
-# %% ../nbs/31_metrics.ipynb #fbc6e267
-def _rates(promised_fpr: float, n_calibration: int, confidence: float = 0.95) -> str:
-    "Both rates in words."
-    bound = fpr_upper_bound(promised_fpr, n_calibration, confidence)
-    return f"{promised_fpr:.1%} on average, at most {bound:.1%} with {confidence:.0%} confidence"
-
-
-def describe_promise(
-    promised_fpr: float,  # the rate that the threshold keeps on average, in (0, 1]
-    n_calibration: int,  # held-out normal images that it rests on
-    confidence: float = 0.95,  # of the bound, in (0, 1)
-) -> str:
-    "The rate of false alarms on average, and the rate that is kept with confidence, in one line."
-    return f"{_rates(promised_fpr, n_calibration, confidence)}, from {n_calibration} good images"
-
-# %% ../nbs/31_metrics.ipynb #c1cab960
-def alarms_p_value(
-    alarms: int,  # new normal images above the threshold
-    n: int,  # new normal images
-    promised_fpr: float,  # the rate that the threshold keeps on average, in (0, 1]
-    n_calibration: int,  # held-out normal images that it rests on
-) -> float:
-    "The probability of so many alarms or more while new and held-out images are alike: beta-binomial (n, m, n_calibration + 1 − m)."
-    place = round(promised_fpr * (n_calibration + 1))
-    return float(stats.betabinom.sf(alarms - 1, n, place, n_calibration + 1 - place)) if place <= n_calibration else 1.0
 
 # %% ../nbs/31_metrics.ipynb #2316fffc
 def recall_at_rates(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'EXPORT_FORMAT', 'SUFFIXES', 'OUTPUTS', 'SIDES', 'to_uint8',
-           'from_pil', 'read_image', 'to_pixels', 'list_images', 'as_pixels', 'find_inputs', 'Verdict', 'Judge', 'need']
+           'from_pil', 'read_image', 'to_pixels', 'list_images', 'as_pixels', 'find_inputs', 'Verdict', 'heat_colours',
+           'overlay', 'Judge', 'need']
 
 # %% ../nbs/07_picture.ipynb #29bd569d
 import contextlib
@@ -17,6 +18,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -24,7 +26,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from .core import InputError
+from .core import InputError, to_array
 
 # %% ../nbs/07_picture.ipynb #fc8f66d0
 def to_uint8(
@@ -287,6 +289,41 @@ class Verdict:
         if self.anomaly_map is not None and not (math.isfinite(self.score) and np.isfinite(self.anomaly_map).all()):
             what = f"{self.path or 'the picture'}: its score or map is not finite"
             self.error, self.is_anomalous = f"{what}. The detector is damaged: restore it, or train again.", False
+
+# %% ../nbs/07_picture.ipynb #de051d88
+@lru_cache(1)
+def heat_colours():
+    "matplotlib's colormap of a map's heat: inferno without the palest yellow."
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["inferno"](np.linspace(0, 0.88, 256)), "heat")
+
+
+def _relative(anomaly_map, scale) -> np.ndarray:
+    "The map in [0, 1] on the scale (low, high); values outside are cut, and what is not finite counts as 0."
+    low, high = scale
+    return np.nan_to_num(np.clip((to_array(anomaly_map) - low) / max(high - low, 1e-12), 0, 1)).astype(np.float32)
+
+
+def _rgb(image, grey: bool = False) -> np.ndarray:
+    "The image in [0, 1] as (H,W,3) float32; in shades of grey where asked."
+    image = np.clip(to_array(image).astype(np.float32), 0, 1)
+    if grey and image.ndim == 3:
+        image = image @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+# %% ../nbs/07_picture.ipynb #56c90b85
+def overlay(
+    image,  # in [0, 1], (H,W), (H,W,3) or a tensor (1,H,W)
+    anomaly_map,  # (H,W), higher is more anomalous
+    scale: tuple[float, float],  # (low, high) on the map's scale, from normal images: `Detector.map_scale`
+    alpha: float = 0.5,  # opacity of the heat where the map says anomalous, in [0, 1]
+) -> np.ndarray:
+    "The photograph in grey under the heat of the map, (H,W,3) float32 in [0, 1]. Normal parts stay grey."
+    relative = _relative(anomaly_map, scale)
+    opacity = alpha * np.clip(3 * relative - 1, 0, 1)[..., None]
+    return ((1 - opacity) * _rgb(image, grey=True) + opacity * heat_colours()(relative)[..., :3]).astype(np.float32)
 
 # %% ../nbs/07_picture.ipynb #78ad98c7
 class Judge:

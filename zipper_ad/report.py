@@ -28,8 +28,8 @@ from PIL import Image
 
 from .core import InputError, atomic_path
 from .interpret import COLOURS, HEAT, pick_examples, plot_pr, plot_roc, plot_scores, show_verdicts, verdict_panels
-from .metrics import _rates, perfect_auroc_bound, wilson_interval
-from .score import Threshold
+from .metrics import perfect_auroc_bound, wilson_interval
+from .threshold import Threshold, _rates
 
 # %% ../nbs/41_report.ipynb #aa08ded0
 def format_value(

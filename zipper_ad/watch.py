@@ -31,10 +31,9 @@ from PIL import Image
 from scipy import stats
 
 from .core import InputError, atomic_path
-from .interpret import COLOURS, drawn, overlay
-from .picture import IMAGE_SUFFIXES, Judge, Verdict
-from .score import conformal_threshold
-from .statistics import DriftMonitor, OnlinePValues
+from .drift import DriftMonitor, OnlinePValues
+from .picture import IMAGE_SUFFIXES, Judge, Verdict, overlay
+from .threshold import conformal_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -790,20 +789,15 @@ def run(self: Watcher) -> int:
     return int(self.left > 0)
 
 # %% ../nbs/60_watch.ipynb #4cb2995c
-@drawn
-def plot_watch(
-    frame,  # from `read_verdicts`
-    alpha: float = 0.01,  # of the drift monitor
-):
-    "Scores in order of arrival within the bands, above the capital of the drift monitor; a matplotlib figure."
+def _draw_watch(frame, alpha: float, good: str, bad: str):
     import matplotlib.pyplot as plt
 
     frame = frame[frame.score.notna()]
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.2), sharex=True, height_ratios=[3, 1])
     low, high = frame.score.min(), frame.score.max()
-    top.fill_between(frame.id, frame.threshold, max(high, frame.threshold.max()) * 1.05, color=COLOURS["defective"], alpha=0.15, lw=0)
+    top.fill_between(frame.id, frame.threshold, max(high, frame.threshold.max()) * 1.05, color=bad, alpha=0.15, lw=0)
     top.fill_between(frame.id, frame.review, frame.threshold, color="0.85", lw=0)
-    for verdict, colour, marker in (("PASS", COLOURS["good"], "."), ("REVIEW", "0.25", "x"), ("FAIL", COLOURS["defective"], "^")):
+    for verdict, colour, marker in (("PASS", good, "."), ("REVIEW", "0.25", "x"), ("FAIL", bad, "^")):
         some = frame[frame.verdict == verdict]
         top.scatter(some.id, some.score, s=14, c=colour, marker=marker, linewidths=0.8, label=f"{verdict} {len(some)}")
     top.set(ylabel="score", ylim=(low - 0.05 * (high - low), None))
@@ -814,3 +808,13 @@ def plot_watch(
     bottom.annotate("alarm", (1, 1 / alpha), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points")
     bottom.set(yscale="log", xlabel="picture, in order of arrival", ylabel="drift: capital")
     return fig
+
+
+def plot_watch(
+    frame,  # from `read_verdicts`
+    alpha: float = 0.01,  # of the drift monitor
+):
+    "Scores in order of arrival within the bands, above the capital of the drift monitor; a matplotlib figure."
+    from zipper_ad.interpret import COLOURS, drawn  # a station draws nothing and needs no PyTorch
+
+    return drawn(_draw_watch)(frame, alpha, COLOURS["good"], COLOURS["defective"])
