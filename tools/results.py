@@ -15,7 +15,7 @@ nothing but the seed, the mean of each figure with Student's interval for it.
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
 pictures; `damage` leaves one kind of damage out at a time; `realtime` is the table of families with that preset;
-`precision` trains the same in fp32 and in bf16.
+`precision` trains the same in fp32 and in bf16; `exported` compares the files exported from the `realtime` rows with the detectors.
 
 `ablation-NAME-zippers-seedS` changes what `experiment=NAME` says and nothing else. Its baseline is `precision-cnn-fp32-zippers-seedS`, a
 CNN at 128 x 128 pixels trained for 60 epochs; the groups `damage` and `head` have those without a kind of damage or without the damage
@@ -71,6 +71,8 @@ def rows() -> dict[str, dict]:
     ready = {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
     ready |= {f"ablation-{e}-zippers-seed{s}": {"data": "zippers", "experiment": e, "rescores": f"precision-cnn-fp32-zippers-seed{s}"}
               for s in (0, 1, 2) for e in RESCORED}
+    ready |= {f"exported-{f}-{d}-seed{s}": {"data": d, "exports": f"realtime-{f}-{d}-seed{s}"}
+              for s in (0, 1, 2) for d in ("zippers", "photographs") for f in FAMILIES}
     for d in ("photographs", "zippers"):
         ready[f"ensemble-{d}-seed0"] = {"data": d, "settings": [], "members": [f"main-{f}-{d}-seed0" for f in FAMILIES[:3]]}
     return ready
@@ -211,6 +213,44 @@ def ensemble(runs: list[Path], data: Path) -> dict:
     return evaluate_scores(pool(maps), test.labels, test.kinds, threshold, maps[:, 0].numpy(), test.native_masks(), threshold.value, 1000)
 
 
+def exported(run: Path, data: Path) -> dict:
+    "What files exported from a run say of the test pictures, beside the detector: AUROC, its difference (DeLong), verdicts changed."
+    import tempfile
+
+    import numpy as np
+
+    from zipper_ad.bench import export_all
+    from zipper_ad.data import AnomalyDataset, read_image, split_normals
+    from zipper_ad.detector import Detector
+    from zipper_ad.predictor import Predictor
+    from zipper_ad.statistics import delong_test
+
+    detector = Detector.load(run)
+    d, seed = detector.config.data, detector.config.seed
+    train, test = (AnomalyDataset(data, part, size=d.size, channels=d.channels, cache="off") for part in ("train", "test"))
+    quantised_on = train.batch(split_normals(train, d.held_out, seed)[0][:24])  # not those that set the threshold
+    pictures, labels = [read_image(p, d.channels) for p in test.paths], np.asarray(test.labels)
+
+    def judged(judge):
+        verdicts = list(judge.predict_each(pictures, bs=4))
+        return np.array([v.score for v in verdicts]), np.array([v.is_anomalous for v in verdicts])
+
+    scores, verdicts = judged(detector)
+    programs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in export_all(detector, folder, ["onnx", "openvino"], ["fp32", "bf16", "int8"], quantised_on).items():
+            theirs, said = judged(Predictor(file, threads=1))
+            compared = delong_test(labels, theirs, scores)
+            programs[name] = {
+                "auroc": round(compared["auroc_a"], 5), "difference": round(compared["difference"], 5), "ci": compared["ci"],
+                "verdicts_changed": int((said != verdicts).sum()), "recall": float(said[labels > 0].mean()),
+                "observed_fpr": float(said[labels == 0].mean()),
+                "largest_relative_difference": float((np.abs(theirs - scores) / np.maximum(1, np.abs(scores))).max()),
+            }
+            auroc = compared["auroc_b"]
+    return {"n": {"good": int((labels == 0).sum()), "defective": int(labels.sum())}, "auroc": round(auroc, 5), "programs": programs}
+
+
 def threshold_of(scores, rate):
     "The conformal threshold, without the warning that few pictures promise little: the row says what is promised."
     import logging
@@ -246,6 +286,10 @@ def make(name: str, row: dict, photographs: str | None, runs: Path):
         base = row["rescores"]
         facts = rescore(trained(base, rows()[base], data, runs)[0], data, row["experiment"])
         how |= {"data": row["data"], "settings": [f"experiment={row['experiment']}"], "rescores": base}
+    elif "exports" in row:
+        base = row["exports"]
+        facts = exported(trained(base, rows()[base], data, runs)[0], data)
+        how |= {"data": row["data"], "exports": base}
     else:
         run, settings = trained(name, row, data, runs)
         facts, epochs = measure(run, data), sum(1 for _ in (run / "history.csv").open()) - 1
@@ -291,8 +335,8 @@ def over_seeds(patterns: list[str]) -> list[str]:
 
     groups, lines = {}, []
     for file in sorted(Path("results").glob("*-seed[0-9]*.json")):
-        if any(fnmatch.fnmatch(file.stem, p) for p in patterns):
-            groups.setdefault(file.stem.rpartition("-seed")[0], []).append(json.loads(file.read_text()))
+        if any(fnmatch.fnmatch(file.stem, p) for p in patterns) and "image" in (row := json.loads(file.read_text())):
+            groups.setdefault(file.stem.rpartition("-seed")[0], []).append(row)
     for name, found in groups.items():
         figures = {"image": [r["image"]["auroc"] for r in found], "recall": [r["image"]["recall"] for r in found]}
         if len({r["pixel"].get("resolution") for r in found}) == 1:  # else some masks were shrunk and some were not
@@ -308,6 +352,9 @@ def summary(name: str) -> str:
     import json
 
     row = json.loads((Path("results") / f"{name}.json").read_text())
+    if "programs" in row:
+        told = (f"{k} {v['difference']:+.4f}, {v['verdicts_changed']} changed" for k, v in row["programs"].items())
+        return f"{name:34s} " + "  ".join(told)
     alone = row.get("maps_alone", {}).get("reconstruction", {}).get("image_auroc")
     pixel = row["pixel"] or {}
     figures = {"image": row["image"]["auroc"], "pixel": pixel.get("auroc"), "PRO": pixel.get("aupro"), "reconstruction alone": alone}

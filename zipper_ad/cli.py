@@ -155,7 +155,7 @@ def _in_words(e: Exception) -> str:
         return f"{e.filename2 or e.filename or 'system'}: {e.strerror or e}. Check the path, its permissions and the free space."
     return str(e)
 
-
+# %% ../nbs/50_cli.ipynb #cfcb4330
 def _run(arguments: argparse.Namespace) -> int:
     "The command itself, watched if that was asked for."
     options = {name: getattr(arguments, name) for name in arguments.options}
