@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from zipper_ad.config import make_config
 from zipper_ad.core import InputError
@@ -323,6 +324,15 @@ def test_json_is_not_needed(onnx_file, tmp_path, photographs):
     alone.write_bytes(onnx_file.read_bytes())
     check_files(alone)
     assert Predictor(alone, threads=1).predict(photographs[0]).error is None
+
+
+def test_predict_with_a_file_loads_no_torch_for_its_heatmaps(onnx_file, photographs, tmp_path):
+    Image.fromarray(photographs[0]).save(tmp_path / "part.png")
+    words = ["predict", f"run={onnx_file}", f"input={tmp_path / 'part.png'}", f"out={tmp_path}"]
+    code = (f"import sys; from zipper_ad.cli import main; code = main({words}); "
+            "print(code, {'torch', 'fastai', 'scipy', 'sklearn', 'matplotlib.pyplot'} & {*sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["0 set()"] and len(list((tmp_path / "heatmaps").iterdir())) == 1, done.stderr
 
 
 def test_predictor_process_loads_no_torch(onnx_file):
