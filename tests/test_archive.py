@@ -15,6 +15,7 @@ import time
 
 import fsspec
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -205,22 +206,6 @@ def test_goes_on_after_a_kill(made, pictures, scored, tmp_path):
     assert there.items() <= shards(tmp_path).items() and read_scores(tmp_path).equals(read_scores(scored))
 
 
-def test_a_worker_that_dies_ends_the_job_with_a_line(made, pictures, tmp_path, monkeypatch):
-    class Dead:
-        def __init__(self, *arguments):
-            pass
-
-        def submit(self, *arguments):
-            raise archive.BrokenProcessPool("a child process terminated abruptly")
-
-        def shutdown(self, **arguments):
-            pass
-
-    monkeypatch.setattr(archive, "ProcessPoolExecutor", Dead)
-    with pytest.raises(InputError, match="a worker died.*run it again"):
-        score_archive(made[1], pictures, tmp_path, workers=2, shard=4)
-
-
 def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, scored, tmp_path, refused, monkeypatch):
     real, calls = archive.atomic_path, []
 
@@ -230,7 +215,7 @@ def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, 
         with real(path) as temporary:
             if len(calls) == 4:  # archive.json and two shards were written
                 temporary.write_bytes(b"half")
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a real one, without a name
             yield temporary
 
     monkeypatch.setattr(archive, "atomic_path", full)
@@ -242,11 +227,12 @@ def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, 
     assert (counts["judged"], counts["skipped"]) == (3, 2) and shards(tmp_path) == shards(scored)
 
 
-def test_a_worker_that_is_killed_costs_its_shards_alone(made, pictures, scored, tmp_path):
-    "The real pool, and a real SIGKILL to one of its processes."
+@pytest.mark.parametrize("when", ["at once", "after a shard"])
+def test_a_worker_that_is_killed_costs_its_shards_alone(made, pictures, scored, tmp_path, when):
+    "A real SIGKILL to a real process: in its first moment, before it has read the detector, and while it judges."
     def kill():
-        while not shards(tmp_path):  # not before all workers are there: Python's pool can miss the death of one while it starts others
-            time.sleep(0.01)
+        while not multiprocessing.active_children() or when == "after a shard" and not shards(tmp_path):
+            time.sleep(0.001)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -254,9 +240,37 @@ def test_a_worker_that_is_killed_costs_its_shards_alone(made, pictures, scored, 
     with pytest.raises(InputError, match="a worker died.*run it again"):
         score_archive(made[1], pictures, tmp_path, workers=2, shard=1)
     killer.join()
-    assert not list(tmp_path.glob(".part-*"))
+    assert not list(tmp_path.glob(".part-*")) and not multiprocessing.active_children()
     assert score_archive(made[1], pictures, tmp_path, workers=1, shard=1)["pictures"] == 18
     assert read_scores(tmp_path).equals(read_scores(scored))
+
+
+def test_a_command_that_is_killed_leaves_nothing_behind(made, pictures, tmp_path):
+    "Neither workers that wait for ever, nor copies of the detector."
+    (tmp_path / "tmp").mkdir()
+    words = ["score", f"run={made[1]}", f"data={pictures}", f"out={tmp_path / 'out'}", "workers=2", "shard=1"]
+    process = subprocess.Popen([sys.executable, "-m", "zipper_ad", *words], env=os.environ | {"TMPDIR": str(tmp_path / "tmp")})
+    while not shards(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.005)
+    family = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert len(family) >= 2 and not psutil.wait_procs(family, timeout=60)[1]
+    assert not list((tmp_path / "tmp").glob("zipper_ad-*"))
+
+
+def test_what_a_worker_raises_is_raised_here(made, pictures, tmp_path, monkeypatch):
+    real = archive.plan_job
+
+    def broken(*words, **settings):
+        job = real(*words, **settings)
+        return archive.replace(job, files={"detector.onnx": b"no detector"})
+
+    monkeypatch.setattr(archive, "plan_job", broken)
+    with pytest.raises(InputError, match="detector.onnx: damaged"):
+        score_archive(made[1], pictures, tmp_path, workers=2, shard=4)
+    assert not multiprocessing.active_children()
 
 
 def test_pictures_that_vanish_or_are_forbidden_become_rows(made, pictures, tmp_path, monkeypatch):

@@ -16,16 +16,17 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -390,23 +391,20 @@ def unpack_judge(
     threads: int = 1,  # of a worker; several workers use several cores better than several threads do
 ) -> Judge:
     "The detector that was packed, opened here."
-    folder = tempfile.TemporaryDirectory(prefix="zipper_ad-", ignore_cleanup_errors=True)
-    for name, data in files.items():
-        Path(folder.name, name).write_bytes(data)
-    exported = next((n for n in files if Path(n).suffix in SUFFIXES.values()), None)
-    if exported:
-        from zipper_ad.predictor import Predictor
+    with tempfile.TemporaryDirectory(prefix="zipper_ad-", ignore_cleanup_errors=True) as folder:  # no kill later leaves copies behind
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+        exported = next((n for n in files if Path(n).suffix in SUFFIXES.values()), None)
+        if exported:
+            from zipper_ad.predictor import Predictor
 
-        judge = Predictor(Path(folder.name, exported), threads, None if device == "cpu" else _PROVIDERS[Path(exported).suffix])
-    else:
+            return Predictor(Path(folder, exported), threads, None if device == "cpu" else _PROVIDERS[Path(exported).suffix])
         import torch
 
         from zipper_ad.detector import Detector
 
         torch.set_num_threads(threads)
-        judge = Detector.load(folder.name, device)
-    judge.files = folder  # lives as long as the judge
-    return judge
+        return Detector.load(folder, device)
 
 # %% ../nbs/62_archive.ipynb #23ca42b4
 @dataclass
@@ -429,15 +427,38 @@ class Job:
         return to_parquet(judge_rows(judge, read_shard(self.archive, shard, self.readers), self.batch, self.regions))
 
 # %% ../nbs/62_archive.ipynb #297b24c0
-_worker: dict = {}  # in a process of the pool: the job and its judge
+def _work(pipe: Connection):
+    "In a process of its own: take the job, then judge one shard after the other, until nobody is there to send any."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this process
+    with contextlib.suppress(EOFError, OSError):  # whoever sent them is gone
+        job, judge = pipe.recv(), None
+        while True:
+            shard = pipe.recv()
+            try:
+                judge = judge or job.open()
+                found = shard.number, job.judge(judge, shard)
+            except Exception as e:  # raised where it can be told
+                found = e
+            pipe.send(found)
 
 
-def _begin_worker(job: Job):
-    _worker["job"], _worker["judge"] = job, job.open()
+def _begin() -> tuple:
+    "Start a worker: this end of the pipe to it, and its process."
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that reading ends where the worker does
+    return ours, process
 
 
-def _work(shard: Shard) -> tuple[int, bytes]:
-    return shard.number, _worker["job"].judge(_worker["judge"], shard)
+@contextlib.contextmanager
+def _told():
+    "What a pipe says of a worker that is gone, in words."
+    try:
+        yield
+    except (EOFError, OSError) as e:
+        raise InputError("a worker died, perhaps for want of memory. What is finished is kept: run it again, with fewer workers.") from e
 
 
 def _without_names(job: Job) -> Job:
@@ -468,19 +489,28 @@ def run_local(
             judge = job.open()
             yield from ((s.number, job.judge(judge, s)) for s in shards)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (_without_names(job),))
-    waiting, rest = set(), iter(shards)
+    begun = [_begin() for _ in shards[:workers]]
+    pipes, rest = [pipe for pipe, _ in begun], iter(shards)
     try:
-        while True:
-            waiting |= {pool.submit(_work, s) for _, s in zip(range(2 * workers - len(waiting)), rest)}  # noqa: B905
-            if not waiting:
-                return
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (d.result() for d in done)
-    except BrokenProcessPool as e:
-        raise InputError("a worker died, perhaps for want of memory. What is finished is kept: run it again, with fewer workers.") from e
+        for pipe in pipes:
+            with _told():
+                pipe.send(_without_names(job))
+                pipe.send(next(rest))
+        while pipes:
+            for pipe in wait(pipes):
+                with _told():
+                    found = pipe.recv()
+                    if shard := next(rest, None):
+                        pipe.send(shard)
+                if not shard:
+                    pipes.remove(pipe)
+                if isinstance(found, Exception):
+                    raise found
+                yield found
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _, process in begun:
+            process.terminate()
+            process.join()
 
 # %% ../nbs/62_archive.ipynb #b22276d7
 @contextlib.contextmanager
@@ -709,8 +739,12 @@ def score_archive(
     waiting = unfinished(out, shards, again)
     with tqdm(total=len(shards), initial=len(shards) - len(waiting), desc="judging", unit="shard", disable=not progress) as bar:
         for number, found in function(job, waiting, *how) if waiting else ():
-            with atomic_path(shard_path(out, number)) as temporary:
-                temporary.write_bytes(found)
+            path = shard_path(out, number)
+            try:
+                with atomic_path(path) as temporary:
+                    temporary.write_bytes(found)
+            except OSError as e:  # a full disk does not say which file it was
+                raise OSError(e.errno, e.strerror, str(path)) from e
             bar.update()
     return count_rows(out) | {"judged": len(waiting), "skipped": len(shards) - len(waiting), "shards": len(shards)}
 
