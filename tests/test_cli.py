@@ -173,6 +173,28 @@ def test_a_detector_is_not_overwritten(trained, refused, contents):
     assert contents(trained.run) == before
 
 
+def test_retrain_only_where_parts_have_changed(trained, cli, tmp_path):
+    "From the run's weights and with its settings; the old run stays as it was."
+    words = ["retrain", f"run={trained.run}", f"out={tmp_path / 'again'}", "train.epochs=1"]
+    done = cli(*words, f"data={trained.data / 'train/good'}")
+    assert done.code == 1 and "nothing was trained" in done.out and not (tmp_path / "again").exists()
+    (tmp_path / "dim").mkdir()
+    for file in (trained.data / "train/good").iterdir():
+        Image.fromarray((np.asarray(Image.open(file)) * 0.6).astype(np.uint8)).save(tmp_path / "dim" / file.name)
+    before = (trained.run / "detector.json").read_bytes()
+    done = cli(*words, f"data={tmp_path / 'dim'}")
+    config = load_config(tmp_path / "again/config.yaml")
+    assert done.code == 0 and "Something has changed" in done.out and (trained.run / "detector.json").read_bytes() == before
+    assert config.train.start == str(trained.run) and config.model == load_config(trained.run / "config.yaml").model
+
+
+@pytest.mark.parametrize("settings, said", [(["model.latent=4"], "another network"), (["train.start=nowhere"], "no such file"),
+                                            (["always=maybe"], "must be a bool"), (["train.epocs=3"], "epochs")])
+def test_retrain_what_cannot_be(settings, said, trained, refused, tmp_path):
+    words = [f"run={trained.run}", f"data={trained.data}", f"out={tmp_path / 'again'}", *settings]
+    assert said in refused("retrain", *words) and not (tmp_path / "again").exists()
+
+
 def test_overwrite_trains_again(trained, cli, tmp_path):
     shutil.copytree(trained.run, tmp_path / "run")
     (tmp_path / "run/detector.json").write_text("{}")

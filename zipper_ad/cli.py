@@ -6,7 +6,7 @@
 __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 'COLUMNS', 'DEMO_NOTE', 'DEMO_EPOCHS', 'command',
            'main', 'data_render', 'data_check', 'data_fetch', 'train', 'training_report', 'lr_find', 'tune',
            'describe_metrics', 'write_json', 'evaluate', 'report', 'visualize', 'compare', 'pod', 'predict', 'export',
-           'bench', 'dashboard', 'score', 'recalibrate', 'card', 'doctor', 'watch', 'serve', 'demo']
+           'bench', 'dashboard', 'score', 'recalibrate', 'retrain', 'card', 'doctor', 'watch', 'serve', 'demo']
 
 # %% ../nbs/50_cli.ipynb #8b8b5223
 import argparse
@@ -262,6 +262,11 @@ def _check_early(config):
     from zipper_ad.learner import check_losses  # last: it imports fastai, which takes seconds
 
     check_losses(config)
+    if config.train.start:
+        from zipper_ad.learner import start_from
+        from zipper_ad.models.head import Restorer
+
+        start_from(Restorer(config.model), config.train.start)
 
 # %% ../nbs/50_cli.ipynb #9822089f
 def _train(config, folder: Path, resume: bool = False):
@@ -797,6 +802,24 @@ def recalibrate(pairs):
     rate = _option(pairs, "target_fpr", 0.0) if "target_fpr" in pairs else None
     _nothing_left(pairs, ["run", "data", "out", "target_fpr"])
     print(recalibrate(run, data, out, rate).describe(), f"written: {write_card(out)}", sep="\n")
+
+# %% ../nbs/50_cli.ipynb #8f4ec478
+@command("retrain")
+def retrain(pairs):
+    "Train anew where good parts have changed, from the weights there are: run=RUN data=DIR out=RUN2 [always=true train.minutes=5 …]"
+    from zipper_ad.care import check_drift
+
+    (run, data, out), always = (_option(pairs, k, str) for k in ("run", "data", "out")), _option(pairs, "always", False)
+    overwrite = _option(pairs, "overwrite", False)
+    words = {"data": data, "train.start": run} | pairs
+    config = change_config(load_config(Path(run) / "config.yaml"), [f"{k}={v}" for k, v in words.items()])
+    _check_early(config)
+    change = check_drift(run, data)
+    print(change.describe())
+    if not (change.drifted or always):
+        print("nothing was trained. always=true trains all the same.")
+        return 1
+    return _train_here(config, out, overwrite, resume=False)
 
 # %% ../nbs/50_cli.ipynb #868abe02
 @command("card")

@@ -175,6 +175,7 @@ class TrainConfig:
     threads: int = 0  # processor threads; 0: as many as PyTorch likes
     accumulate: int = 1  # batches whose gradients are added up before a step; as if `bs` were so many times as large
     compile: bool = False  # compile the network with torch.compile: slow to begin, faster afterwards
+    start: str = ""  # folder of a finished run whose weights the training begins with; "": random ones
     tensorboard: bool = True  # write curves and pictures to RUN/tensorboard while training
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'NormalSplit', 'split_three', 'reference_indices', 'decay_groups', 'make_corruption', 'loss_weights',
-           'writers', 'training_callbacks', 'check_losses', 'ae_learner', 'learn_upright', 'make_dls',
+           'writers', 'training_callbacks', 'check_losses', 'start_from', 'ae_learner', 'learn_upright', 'make_dls',
            'train_autoencoder']
 
 # %% ../nbs/20_learner.ipynb #cefaf1f7
@@ -36,6 +36,7 @@ from .corrupt import MIXTURES, RADII, Corruption
 from .data import AnomalyDataset, Augment, anomaly_dls, fingerprint, split_normals
 from .distributed import DistributedCallback, ShareResult, is_main, world
 from .losses import PerceptualLoss
+from .models.base import read_weights
 from .models.head import Restorer
 from .pose import Upright, UprightPictures, find_pose
 from .resume import ResumableLearner, ResumeCallback, forget_state, read_state
@@ -163,6 +164,18 @@ def check_losses(
         raise InputError(f"model.head={head}: all losses are 0, so there is nothing to learn from. Give {needed} a weight.")
 
 # %% ../nbs/20_learner.ipynb #423a34f2
+def start_from(
+    model: Restorer,  # the network that is to be trained
+    run: str | Path,  # folder of a finished run
+):
+    "Give a network the weights of a run. Raises `InputError` where the folder has none, or those of another network."
+    tensors, _ = read_weights(Path(run) / "weights.safetensors")
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        raise InputError(f"train.start={run}: holds another network. Take its settings along: --config {Path(run) / 'config.yaml'}")
+    model.load_state_dict(weights)
+
+# %% ../nbs/20_learner.ipynb #02786159
 def ae_learner(
     dls,  # fastai DataLoaders of (x, clean) batches, as from `anomaly_dls`
     config: Config,  # the run's settings
@@ -174,6 +187,8 @@ def ae_learner(
     model = Restorer(config.model).to(device, memory_format=torch.channels_last)
     if model.autoencoder is not None and getattr(config.model, "weights", ""):  # a setting that only some families have
         model.autoencoder.load_encoder_weights(config.model.weights)
+    if config.train.start:
+        start_from(model, config.train.start)
     criterion = RestorationLoss(loss_weights(config), config.loss.focal, config.loss.perceptual_weights)
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=config.train.weight_decay)
     return ResumableLearner(
