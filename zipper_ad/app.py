@@ -687,7 +687,8 @@ def view_html(
         pictures = "".join(_pair_html(t, *pair, mode, side) for t, pair in layers(verdict, mask, state.stores[model].scale, mode).items())
         k = str(len(rows))
         rows.append(f'<section class="row"><div data-text="{k}">{texts[k]}</div><div class="panels">{pictures}</div></section>')
-    key = "cyan line: marked by the detector" + ("" if mask is None else "; dashed line: true fault")
+    lines = "cyan line: marked by the detector" + ("" if mask is None else "; dashed line: true fault")
+    key = {"overlay": "the brighter the heat, the more anomalous", "swipe": "left photograph, right reconstruction"}.get(mode, lines)
     flow = "down" if mode == "side by side" else "across"
     return f'<h3><bdi>{escape(name)}</bdi></h3><div class="{flow}">{"".join(rows)}</div><p class="key">{key}</p>'
 
