@@ -838,9 +838,10 @@ def test_check_finds(mvtec, name, match):
 def test_check_notes(mvtec):
     save(mvtec / "train/good/copy.bmp", picture(0))
     save(mvtec / "test/unmasked/000.png", picture(300, (48, 48)))
+    save(mvtec / "test/unmasked/001.png", picture(301, (30, 48)))
     (mvtec / "test/good/notes.txt").touch()
     notes = "\n".join(check_data(mvtec).notes)
-    for words in ("train/good: 1 image copied", "test/unmasked: no masks", "2 sizes", "1 .txt"):
+    for words in ("train/good: 1 image copied", "test/unmasked: no masks", "3 sizes", "1 .txt", "1 image not square, for example 48×30"):
         assert re.search(words, notes), words
 
 
@@ -853,7 +854,7 @@ def test_check_many_problems_stay_readable(mvtec):
 
 def test_check_empty_folder(tmp_path):
     report = check_data(tmp_path)
-    assert not report.ok and "no images" in str(report)
+    assert not report.ok and "no images. Put the photographs right into this folder" in str(report)
 
 
 # --- real photographs, where there are some

@@ -67,7 +67,7 @@ def test_finished_run(run):
     page = checked(training_report(run))
     assert page.text.count("<img") > 20 and "Nothing was recorded" not in page.text
     told = ["Score on held-out pictures", "Parts of the loss, training", "Learning rate", "PSNR", "Gradient", "kept weights"]
-    told += ["model.widths", "fp32", "fingerprint of the photographs trained on", "promised, at most", "Few pictures to choose by"]
+    told += ["model.widths", "fp32", "fingerprint of the photographs trained on", "on average, at most", "Few pictures to choose by"]
     assert not [t for t in told if t not in page.text]
     assert json.loads((run / "detector.json").read_text())["data_fingerprint"] in page.text
     assert "did not finish" not in page.text and not list(run.glob(".part-*"))

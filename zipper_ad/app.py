@@ -594,7 +594,7 @@ def counts_html(
 ) -> str:
     "Confusion counts and rates with Wilson's 95% intervals, one column a detector in view."
     names = [state.model] + ([state.second] if state.second and state.second != state.model else [])
-    of = "all kinds" if state.kind == "all" else f"{escape(state.kind)} and good"
+    of = {"all": "all kinds", "good": "good ones alone"}.get(state.kind, f"{escape(state.kind)} and good")
     count, rate = {n: state.counts(n) for n in names}, {n: state.rates(n) for n in names}
     words = {"found": "defects found", "missed": "defects missed", "alarms": "false alarms", "passed": "good ones passed"}
     rows = [(words[k], [str(count[n][k]) for n in names]) for k in words]
@@ -688,7 +688,8 @@ def view_html(
         pictures = "".join(_pair_html(t, *pair, mode, side) for t, pair in layers(verdict, mask, state.stores[model].scale, mode).items())
         k = str(len(rows))
         rows.append(f'<section class="row"><div data-text="{k}">{texts[k]}</div><div class="panels">{pictures}</div></section>')
-    key = "cyan line: marked by the detector" + ("" if mask is None else "; dashed line: true fault")
+    lines = "cyan line: marked by the detector" + ("" if mask is None else "; dashed line: true fault")
+    key = {"overlay": "the brighter the heat, the more anomalous", "swipe": "left photograph, right reconstruction"}.get(mode, lines)
     flow = "down" if mode == "side by side" else "across"
     return f'<h3><bdi>{escape(name)}</bdi></h3><div class="{flow}">{"".join(rows)}</div><p class="key">{key}</p>'
 
@@ -742,8 +743,8 @@ def _bins(places: np.ndarray, cut: float, axis: ScoreAxis, n: int = 36) -> np.nd
 
 def make_chart() -> go.FigureWidget:
     "An empty chart: histogram over dots, and ROC; `fill_chart` puts a state into it, and `chart_marks` says what lies on top."
-    fig = go.FigureWidget(make_subplots(2, 2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[0.68, 0.32], row_heights=[0.5, 0.5],
-                                        shared_xaxes="columns", horizontal_spacing=0.09, vertical_spacing=0.04))  # fmt: skip
+    fig = go.FigureWidget(make_subplots(2, 2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[0.68, 0.32], row_heights=[0.4, 0.6],
+                                        shared_xaxes="columns", horizontal_spacing=0.13, vertical_spacing=0.04))  # fmt: skip
     plain = {"hovertemplate": "%{text}<extra></extra>"}
     for name in ("good", "defective"):
         fig.add_bar(name=name, marker_color=COLOURS[name], opacity=0.6, row=1, col=1, **plain)
@@ -757,7 +758,7 @@ def make_chart() -> go.FigureWidget:
 def _dress(fig: go.FigureWidget):
     "The look. The axes know their range: one that finds its own is computed again at every change."
     fig.update_layout(
-        template="simple_white", height=330, margin={"l": 10, "r": 30, "t": 28, "b": 10}, barmode="overlay", hovermode="closest", bargap=0,
+        template="simple_white", height=400, margin={"l": 10, "r": 30, "t": 28, "b": 10}, barmode="overlay", hovermode="closest", bargap=0,
         legend={"orientation": "h", "y": 1.12, "x": 0}, font={"size": 12}, clickmode="event",
     )
     fig.update_yaxes(title_text="images", row=1, col=1)
@@ -773,7 +774,7 @@ def axis(self: ReviewState) -> ScoreAxis:
     return ScoreAxis(np.concatenate([s.scores, s.calibration_scores, [s.threshold["value"]]]),
                      np.concatenate([~s.labels, np.ones(len(s.calibration_scores) + 1, bool)]))
 
-
+# %% ../nbs/51_app.ipynb #78f71dd3
 def _fill_bars(fig, state: ReviewState, axis: ScoreAxis):
     "Both histograms; the edges go along as customdata."
     among, scores = state.counted(), state.store.scores
@@ -973,8 +974,10 @@ _style = """
 .zad .card.defective { border-bottom-color: #e69f00 }
 .zad .card.wrong { border-bottom: 5px dashed #000; font-weight: 700 }
 .zad .card[aria-current] { outline: 3px solid #000; outline-offset: 1px }
-.zad .turn { font: inherit; margin-left: 6px }
+.zad .turn { font: inherit; margin-left: 6px; padding: 4px 10px; border: 1px solid var(--edge); background: #eee; color: #111 }
+.zad .turn:disabled { color: #767676; cursor: default }
 .zad .drop { display: block; margin: 8px 0 }
+.zad .drop input, .zad .drop small { display: block; margin-top: 4px; max-width: 100% }
 """  # CSS
 
 # %% ../nbs/51_app.ipynb #38a89e77
@@ -1010,42 +1013,25 @@ class Page(anywidget.AnyWidget):
         self.send({"save": name, "type": kind}, buffers=[content])
 
 # %% ../nbs/51_app.ipynb #862f71f3
-def _as_detector(thing) -> Detector:
-    "A detector, or the one in a run's folder."
-    return thing if isinstance(thing, Detector) else Detector.load(thing)
-
-
 def _menu(label: str, options, value) -> W.Dropdown:
     "A drop-down list with its label."
     return W.Dropdown(description=label, options=options, value=value, layout=W.Layout(width="auto", min_width="190px"),
                       style={"description_width": "initial"})  # fmt: skip
 
-# %% ../nbs/51_app.ipynb #8d02bc7c
-class Dashboard(W.VBox):
-    "Explore the verdicts of one or more detectors on a labelled test set. Shows itself in a notebook."
 
-    def __init__(
-        self,
-        detectors: dict[str, Detector | str | Path],  # fitted detectors, or folders of runs, by the names to show
-        data: str | Path,  # a folder with test/ and, where known, ground_truth/
-        folder: str | Path | None = None,  # where prepared maps are kept, see `prepare`
-        review: str | Path | None = None,  # the CSV of notes; None: review.csv in the first run, or in the current folder
-    ):
+class _Parts(W.VBox):
+    "The dashboard's widgets and where they stand. What they do is told by `Dashboard`."
+
+    def __init__(self, state: ReviewState, data_name: str):
         super().__init__()
-        first = next(iter(detectors.values()))
-        review = review or (Path("review.csv") if isinstance(first, Detector) else Path(first) / "review.csv")
-        self.detectors = {name: _as_detector(d) for name, d in detectors.items()}
-        self.state = ReviewState(prepare(self.detectors, data, folder), Reviews(review))
-        self.page, self.busy = 0, False
-        self._make_controls(Path(data).name)
+        self.state, self.busy = state, False
+        self._make_controls(data_name)
         self._make_views()
-        self._listen()
         self._arrange()
-        self.choose()
 
-# %% ../nbs/51_app.ipynb #643f0329
+# %% ../nbs/51_app.ipynb #8d02bc7c
 @patch
-def _make_controls(self: Dashboard, data_name: str):
+def _make_controls(self: _Parts, data_name: str):
     "Menus and sliders."
     state, names, wide = self.state, list(self.state.stores), W.Layout(width="100%")
     good, n = int((~state.store.labels).sum()), len(state.store)
@@ -1063,9 +1049,9 @@ def _make_controls(self: Dashboard, data_name: str):
     self.exact = W.FloatText(description="exactly", continuous_update=False, layout=W.Layout(width="170px"),
                              style={"description_width": "55px"})  # fmt: skip
 
-# %% ../nbs/51_app.ipynb #fe8db325
+# %% ../nbs/51_app.ipynb #643f0329
 @patch
-def _make_views(self: Dashboard):
+def _make_views(self: _Parts):
     "What shows, and what is said of an image."
     self.badge, self.counts, self.chart, self.marks = W.HTML(), W.HTML(), make_chart(), Marks()
     self.view, self.gallery, self.bar = Page(), Page(), Page()
@@ -1080,9 +1066,9 @@ def _make_views(self: Dashboard):
     self.bar.html = ('<label class="drop">Judge a picture of your own (choose it, or drop it on the button): '
                      f'<input type="file" accept="image/*" data-upload> <small>at most {MAX_UPLOAD / 1e6:.0f} MB</small></label>')
 
-# %% ../nbs/51_app.ipynb #881fad6e
+# %% ../nbs/51_app.ipynb #fe8db325
 @patch
-def _arrange(self: Dashboard):
+def _arrange(self: _Parts):
     "Put the parts in their places."
     row = lambda *parts, align="center": W.HBox(parts, layout=W.Layout(flex_flow="row wrap", align_items=align))  # noqa: E731
     column = lambda width, *parts, least="300px": W.VBox(parts, layout=W.Layout(width=width, min_width=least))  # noqa: E731
@@ -1097,9 +1083,9 @@ def _arrange(self: Dashboard):
     self.layout.max_width = "1500px"
     self.add_class("zad-board")
 
-# %% ../nbs/51_app.ipynb #2df2e60f
+# %% ../nbs/51_app.ipynb #881fad6e
 @contextlib.contextmanager
-def _quietly(dashboard: Dashboard):
+def _quietly(dashboard):
     "While the dashboard sets its own widgets, their events count for nothing."
     before, dashboard.busy = dashboard.busy, True
     try:
@@ -1108,6 +1094,76 @@ def _quietly(dashboard: Dashboard):
         dashboard.busy = before
 
 
+@patch
+def _answer(self: _Parts, function):
+    "A handler that does nothing while the dashboard sets its widgets, and shows wrong input as a line."
+    def answer(*args, **kwargs):
+        if self.busy:
+            return
+        self.status.value = ""
+        try:
+            function(*args, **kwargs)
+        except (InputError, OSError) as e:
+            self.status.value = f'<p class="zad-error" role="alert">{escape(str(e))}</p>'
+    return answer
+
+# %% ../nbs/51_app.ipynb #0ea60ef6
+@patch
+def _listen(self: _Parts):
+    "Connect widgets with what they do."
+    for name, widget in {"model": self.model, "second": self.second, "kind": self.kind, "group": self.group, "order": self.order}.items():
+        widget.observe(self._answer(lambda change, name=name: self.on_choice(name, change.new)), "value")
+    self.threshold.observe(self._answer(lambda c: self.on_slider(c.new)), "value")
+    self.exact.observe(self._answer(lambda c: self.on_threshold(c.new)), "value")
+    self.alarms.observe(self._answer(lambda c: self.on_alarms(c.new)), "value")
+    self.image.observe(self._answer(lambda c: self.on_pick(c.new)), "value")
+    self.mode.observe(self._answer(lambda c: self.on_mode()), "value")
+    W.jslink((self.at, "value"), (self.view, "at"))
+    steps = {self.next: lambda: self.state.step(1), self.before: lambda: self.state.step(-1)}
+    for button, step in steps.items():
+        button.on_click(self._answer(lambda _, step=step: (step(), self.relist(self.page), self.look())))
+    actions = {self.honest: lambda: self.on_threshold(self.state.store.threshold["value"]), self.save: lambda: self.on_save(),
+               self.to_png: lambda: self.on_png(), self.to_csv: lambda: self.on_csv()}  # fmt: skip
+    for button, action in actions.items():
+        button.on_click(self._answer(lambda _, action=action: action()))
+    self.on_mode()
+    for page in (self.gallery, self.bar):
+        page.on_msg(self._answer(lambda _, message, buffers: self.on_message(message, buffers)))
+    for name in ("good", "defective", "images", "ROC"):
+        trace = next(self.chart.select_traces({"name": name}))
+        trace.on_click(self._answer(lambda trace, points, _: self.on_point(trace, points.point_inds)))
+
+# %% ../nbs/51_app.ipynb #2df2e60f
+def _as_detector(thing) -> Detector:
+    "A detector, or the one in a run's folder."
+    return thing if isinstance(thing, Detector) else Detector.load(thing)
+
+
+def _menu(label: str, options, value) -> W.Dropdown:
+    "A drop-down list with its label."
+    return W.Dropdown(description=label, options=options, value=value, layout=W.Layout(width="auto", min_width="190px"),
+                      style={"description_width": "initial"})  # fmt: skip
+
+
+class Dashboard(_Parts):
+    "Explore the verdicts of one or more detectors on a labelled test set. Shows itself in a notebook."
+
+    def __init__(
+        self,
+        detectors: dict[str, Detector | str | Path],  # fitted detectors, or folders of runs, by the names to show
+        data: str | Path,  # a folder with test/ and, where known, ground_truth/
+        folder: str | Path | None = None,  # where prepared maps are kept, see `prepare`
+        review: str | Path | None = None,  # the CSV of notes; None: review.csv in the first run, or in the current folder
+    ):
+        first = next(iter(detectors.values()))
+        review = review or (Path("review.csv") if isinstance(first, Detector) else Path(first) / "review.csv")
+        loaded = {name: _as_detector(d) for name, d in detectors.items()}
+        super().__init__(ReviewState(prepare(loaded, data, folder), Reviews(review)), Path(data).name)
+        self.detectors, self.page = loaded, 0
+        self._listen()
+        self.choose()
+
+# %% ../nbs/51_app.ipynb #60bf5845
 @patch
 def choose(self: Dashboard):
     "Show another detector, kind or companion."
@@ -1161,45 +1217,13 @@ def look(self: Dashboard):
     for widget in (self.review, self.note, self.save):
         widget.disabled = own
 
-# %% ../nbs/51_app.ipynb #9ebabe48
-@patch
-def _answer(self: Dashboard, function):
-    "A handler that does nothing while the dashboard sets its widgets, and shows wrong input as a line."
-    def answer(*args, **kwargs):
-        if self.busy:
-            return
-        self.status.value = ""
-        try:
-            function(*args, **kwargs)
-        except (InputError, OSError) as e:
-            self.status.value = f'<p class="zad-error" role="alert">{escape(str(e))}</p>'
-    return answer
 
-# %% ../nbs/51_app.ipynb #16f74099
 @patch
-def _listen(self: Dashboard):
-    "Connect widgets with what they do."
-    for name, widget in {"model": self.model, "second": self.second, "kind": self.kind, "group": self.group, "order": self.order}.items():
-        widget.observe(self._answer(lambda change, name=name: self.on_choice(name, change.new)), "value")
-    self.threshold.observe(self._answer(lambda c: self.on_slider(c.new)), "value")
-    self.exact.observe(self._answer(lambda c: self.on_threshold(c.new)), "value")
-    self.alarms.observe(self._answer(lambda c: self.on_alarms(c.new)), "value")
-    self.image.observe(self._answer(lambda c: self.on_pick(c.new)), "value")
-    self.mode.observe(self._answer(lambda c: self.on_mode()), "value")
-    W.jslink((self.at, "value"), (self.view, "at"))
-    steps = {self.next: lambda: self.state.step(1), self.before: lambda: self.state.step(-1)}
-    for button, step in steps.items():
-        button.on_click(self._answer(lambda _, step=step: (step(), self.relist(self.page), self.look())))
-    actions = {self.honest: lambda: self.on_threshold(self.state.store.threshold["value"]), self.save: self.on_save,
-               self.to_png: self.on_png, self.to_csv: self.on_csv}  # fmt: skip
-    for button, action in actions.items():
-        button.on_click(self._answer(lambda _, action=action: action()))
-    self.on_mode()
-    for page in (self.gallery, self.bar):
-        page.on_msg(self._answer(lambda _, message, buffers: self.on_message(message, buffers)))
-    for name in ("good", "defective", "images", "ROC"):
-        trace = next(self.chart.select_traces({"name": name}))
-        trace.on_click(self._answer(lambda trace, points, _: self.on_point(trace, points.point_inds)))
+def on_mode(self: Dashboard):
+    "Another way to look."
+    self.at.layout.visibility = "visible" if self.mode.value in ("overlay", "swipe") else "hidden"
+    self.at.description = "opacity" if self.mode.value == "overlay" else "swipe"
+    self.view.html = view_html(self.state, self.mode.value)
 
 # %% ../nbs/51_app.ipynb #c012ebd9
 @patch
@@ -1260,14 +1284,6 @@ def on_pick(
         self.state.pick(i)
         self.relist(self.page)
         self.look()
-
-# %% ../nbs/51_app.ipynb #19137a40
-@patch
-def on_mode(self: Dashboard):
-    "Another way to look."
-    self.at.layout.visibility = "visible" if self.mode.value in ("overlay", "swipe") else "hidden"
-    self.at.description = "opacity" if self.mode.value == "overlay" else "swipe"
-    self.view.html = view_html(self.state, self.mode.value)
 
 # %% ../nbs/51_app.ipynb #0a77f0d0
 @patch
@@ -1408,6 +1424,15 @@ def _voila(notebook: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "voila", str(notebook), *(f"--{k}={v}" for k, v in options.items()), *extensions]
 
 
+def _end(process):
+    "End the server, and with it the Pythons behind its pages."
+    process.terminate()
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
 def _wait_for(process, port: int, log: Path):
     "Until the server listens. Raises `InputError` when it ended before."
     while process.poll() is None:
@@ -1444,15 +1469,6 @@ def served(
             yield process, f"http://127.0.0.1:{port}/"
         finally:
             _end(process)
-
-# %% ../nbs/51_app.ipynb #389779e4
-def _end(process):
-    "End the server, and with it the Pythons behind its pages."
-    process.terminate()
-    try:
-        process.wait(15)
-    except subprocess.TimeoutExpired:
-        process.kill()
 
 # %% ../nbs/51_app.ipynb #d980c87e
 @contextlib.contextmanager

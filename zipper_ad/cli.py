@@ -277,13 +277,15 @@ def _train(config, folder: Path, resume: bool = False):
     from zipper_ad.distributed import is_main
     from zipper_ad.learner import reference_indices, train_autoencoder
     from zipper_ad.resume import forget_state
-    from zipper_ad.training_report import training_report
+    from zipper_ad.training_report import read_history, training_report
 
     if not (folder / "detector.json").exists() and is_main():
         save_config(config, folder / "config.yaml")
     learn, dataset, split = train_autoencoder(config, folder, terminal=True, resume=resume)
     if not is_main():
         return None
+    if not read_history(folder):
+        logger.warning("the minutes were over before the first epoch was: this detector has learned nothing. Give more: train.minutes=…")
     save_config(config, folder / "config.yaml")
     detector = Detector.fit(
         learn, dataset.batch(split.calibration), config, reference=dataset.batch(reference_indices(split)),

@@ -862,7 +862,8 @@ def _check_folders(report, sections):
             report.problems.append(f"{name}: {_count(paths)} in a folder that is not called good. "
                                    "Training takes good parts only: move them to test/.")
         elif not paths:
-            report.problems.append(f"{name}: no images.")
+            remedy = " Put the photographs right into this folder, or good ones into train/good." if name == "good" else ""
+            report.problems.append(f"{name}: no images.{remedy}")
     if not sections:
         report.problems.append("no folders below train or test. Put good parts into train/good.")
     if (report.root / "test").is_dir() and not sections.get("test/good"):
@@ -881,6 +882,10 @@ def _check_files(report, facts):
                                    "Is it 12 bits in a 16-bit file, or not exposed?")
     if len(report.sizes) > 1:
         report.notes.append(f"images of {len(report.sizes)} sizes. All are resized to the same square.")
+    sides = {size: [int(n) for n in size.split("×")] for size in report.sizes}
+    if oblong := [size for size, (w, h) in sides.items() if max(w, h) > 1.1 * min(w, h)]:
+        report.notes.append(f"{_count(sum(report.sizes[s] for s in oblong))} not square, for example {oblong[0]}: squeezed into a square, "
+                            "and their faults with them. Better crop them to a square around the part.")
 
 # %% ../nbs/02_data.ipynb #8d82fb52
 def _check_duplicates(report, facts):

@@ -154,10 +154,10 @@ _meanings = {
         "f1_max": ("F1-max <strong>(oracle)</strong>", "best F1 of any threshold, chosen with the test labels: out of reach"),
     },
     "pixel": {
-        "auroc": ("pixel AUROC", "the same for pixels"),
-        "auprc": ("pixel average precision", "the same for pixels; the stricter of the two, as faults are small"),
+        "auroc": ("pixel AUROC", "chance that a pixel of a fault scores above a good pixel"),
+        "auprc": ("pixel average precision", "precision over recall, of pixels; stricter than AUROC, as faults are small"),
         "aupro": ("AU-PRO", "mean share of each fault that is covered, up to 30% of good pixels marked"),
-        "aupro_05": ("AU-PRO to 5%", "the same, up to 5% of good pixels marked"),
+        "aupro_05": ("AU-PRO to 5%", "mean share of each fault that is covered, up to 5% of good pixels marked"),
         "aupimo": ("AUPIMO", "mean share of the fault covered where 1 in 10,000 to 100,000 pixels of good images is marked"),
         "iou_per_region": ("IoU per region", "mean over faults of the overlap with what was marked there"),
         "iou": ("IoU", "overlap of marked and true area over their union, at the pixel threshold"),
@@ -200,7 +200,7 @@ def _threshold_table(threshold: dict, n_good: int, what: str) -> Table:
             ["promised", _promise(threshold), calibration],
             ["observed", observed, f"on the good {what} of the test set"],
             ["threshold", f"{threshold['value']:.4g}", "an image is called anomalous when its score is above it"]]
-    notes = [str(note) for note in threshold.get("notes") or []]
+    notes = [str(note) for note in threshold.get("notes") or [] if not str(note).startswith("promised: ")]  # that is a row
     return Table(f"False alarms, promised and observed ({what})", ["False alarms", "Value", "What it says"], rows, notes)
 
 # %% ../nbs/41_report.ipynb #c0d99122
@@ -396,7 +396,8 @@ def curves_section(
     drawn = {title: chart(lambda key=key, plot=plot: plot(labels, scores, threshold, ci.get(key), n_bootstrap=500),
                           f"{title} with a 95% band; {name} {format_value(metrics['image'].get(key))}", f"{title} on {what}.")
              for title, (key, plot, name) in pairs.items()}
-    return f"<h2>Scores and threshold</h2>{shown}" + "".join(f"<h2>{title}</h2>{html}" for title, html in drawn.items())
+    beside = "".join(f"<div><h2>{title}</h2>{html}</div>" for title, html in drawn.items())
+    return f'<h2>Scores and threshold</h2>{shown}<div class="beside">{beside}</div>'
 
 # %% ../nbs/41_report.ipynb #dfec7ce9
 _style = """
@@ -427,6 +428,7 @@ table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; padding-bottom: .3rem; font-weight: 600; }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; vertical-align: top; overflow-wrap: break-word; }
 tbody tr { border-top: 1px solid var(--line); }
+thead th { white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; }
@@ -437,6 +439,7 @@ img { max-width: 100%; height: auto; display: block; }
 _style += """
 .chart { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; overflow-x: auto; }
 .chart img { margin: 0 auto; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem; }
 article { background: var(--box); border-radius: 6px; padding: .8rem; margin: .8rem 0; }
 .said { margin: 0 0 .5rem; }
 .panels { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; }
@@ -514,7 +517,8 @@ def _check_lengths(**lists):
 def _top(title: str, data_note: str, metrics: dict, n_failed: int) -> str:
     "Heading, data, and the verdict in one paragraph."
     failed = f" Files without a verdict: {n_failed}, listed below." if n_failed else ""
-    return (f'<h1>{escape(title)}</h1><p class="meta">{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. {escape(data_note)}</p>'
+    note = data_note[:1].upper() + data_note[1:]
+    return (f'<h1>{escape(title)}</h1><p class="meta">{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. {escape(note)}</p>'
             f'<p class="short">{summary(metrics, data_note)}{failed}</p>')
 
 # %% ../nbs/41_report.ipynb #3127423a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'GAP', 'HEADER', 'psnr', 'reconstructs', 'restoration_columns', 'restoration_figure', 'columns_figure',
-           'visible_damage', 'MostVisible', 'TensorBoardCallback', 'flat_settings', 'mosaic', 'save_mosaic',
+           'visible_damage', 'MostVisible', 'flat_settings', 'TensorBoardCallback', 'mosaic', 'save_mosaic',
            'PicturesCallback', 'environment', 'RecordCallback']
 
 # %% ../nbs/23_tensorboard.ipynb #0954fd9c
@@ -141,6 +141,17 @@ class MostVisible:
         k = self.kept
         return restoration_columns(k["clean"], k["damaged"], k["mask"], Restored(k["image"], k.get("logit")), reconstructed)
 
+# %% ../nbs/23_tensorboard.ipynb #469a1866
+def flat_settings(
+    config: Config,  # all settings
+) -> dict[str, str | int | float | bool]:
+    "Every setting by its full name, as one number or text each: for tables of runs."
+    flat = {}
+    for name, value in dataclasses.asdict(config).items():
+        items = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in items.items()}
+    return flat
+
 # %% ../nbs/23_tensorboard.ipynb #b349d9bb
 class TensorBoardCallback(Callback):
     "Writes losses, rate, gradient norm, speed, reconstruction quality and pictures to TensorBoard, and settings with the final figures."
@@ -160,23 +171,55 @@ class TensorBoardCallback(Callback):
         self.folder, self.config, self.every, self.pictures = Path(folder), config, every, pictures
 
     def before_train(self):
-        if self.writer is None:
-            self.step = self.epoch * len(self.dls.train)
-            self.writer = self.make_writer(self.folder, purge_step=self.step or None)  # what a killed run wrote beyond is dropped
-        self.start, self.seen = time.monotonic(), 0
+        self._open()
+
+    def before_step(self):
+        if self.step % self.every == 0:
+            self._add_gradient()
+
+    def after_batch(self):
+        if self.writer is not None:
+            (self._add_step if self.training else self._add_quality)()
+
+    def before_validate(self):
+        self._begin_validation()
+
+    def after_epoch(self):
+        if self.writer is not None and self.validated:
+            self._add_epoch()
+
+    def after_fit(self):
+        self._close()
 
 # %% ../nbs/23_tensorboard.ipynb #0b624ef0
 @patch
-def before_step(self: TensorBoardCallback):
-    if self.step % self.every == 0:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.writer.add_scalar("train/gradient norm", torch.nn.utils.get_total_norm(gradients), self.step)
+def _open(self: TensorBoardCallback):
+    if self.writer is None:
+        self.step = self.epoch * len(self.dls.train)
+        self.writer = self.make_writer(self.folder, purge_step=self.step or None)  # what a killed run wrote beyond is dropped
+    self.start, self.seen = time.monotonic(), 0
 
 
 @patch
-def after_batch(self: TensorBoardCallback):
-    if self.writer is None or not self.training:
-        return self._add_quality() if self.writer else None
+def _close(self: TensorBoardCallback):
+    if self.writer is None:
+        return
+    column = list(self.recorder.metric_names).index("damage_auprc") - 1  # the first name is the epoch's
+    scores = [row[column] for row in self.recorder.values if len(row) > column]  # an epoch cut short has fewer
+    if self.config is not None and scores:
+        self.writer.add_hparams(flat_settings(self.config), {"final/best damage_auprc": max(scores)}, run_name=".")
+    self.writer.close()
+    self.writer = None
+
+
+@patch
+def _add_gradient(self: TensorBoardCallback):
+    gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+    self.writer.add_scalar("train/gradient norm", torch.nn.utils.get_total_norm(gradients), self.step)
+
+
+@patch
+def _add_step(self: TensorBoardCallback):
     self.seen += len(self.xb[0])
     if self.step % self.every == 0:
         self.writer.add_scalar("train/loss", self.loss, self.step)
@@ -187,7 +230,7 @@ def after_batch(self: TensorBoardCallback):
 
 # %% ../nbs/23_tensorboard.ipynb #38ba28fb
 @patch
-def before_validate(self: TensorBoardCallback):
+def _begin_validation(self: TensorBoardCallback):
     self.trained_in = time.monotonic() - getattr(self, "start", time.monotonic())
     self.quality, self.terms, self.validated, self.examples = [], {}, 0, MostVisible()
 
@@ -206,9 +249,7 @@ def _add_quality(self: TensorBoardCallback):
 
 # %% ../nbs/23_tensorboard.ipynb #322f7370
 @patch
-def after_epoch(self: TensorBoardCallback):
-    if self.writer is None or not self.validated:
-        return
+def _add_epoch(self: TensorBoardCallback):
     names = self.recorder.metric_names[2:-1]
     figures = dict(zip(names, list(self.recorder.log)[2:], strict=False))
     if self.quality:
@@ -236,29 +277,6 @@ def _add_pictures(self: TensorBoardCallback):
     for needed, shown in CARDS.items():
         if needed in columns:
             self.writer.add_figure(f"pictures/{needed}", columns_figure({k: columns[k] for k in shown}), self.step - 1)
-
-# %% ../nbs/23_tensorboard.ipynb #d3c3496e
-def flat_settings(
-    config: Config,  # all settings
-) -> dict[str, str | int | float | bool]:
-    "Every setting by its full name, as one number or text each: for tables of runs."
-    flat = {}
-    for name, value in dataclasses.asdict(config).items():
-        items = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in items.items()}
-    return flat
-
-
-@patch
-def after_fit(self: TensorBoardCallback):
-    if self.writer is None:
-        return
-    column = list(self.recorder.metric_names).index("damage_auprc") - 1  # the first name is the epoch's
-    scores = [row[column] for row in self.recorder.values if len(row) > column]  # an epoch cut short has fewer
-    if self.config is not None and scores:
-        self.writer.add_hparams(flat_settings(self.config), {"final/best damage_auprc": max(scores)}, run_name=".")
-    self.writer.close()
-    self.writer = None
 
 # %% ../nbs/23_tensorboard.ipynb #b669419c
 GAP, HEADER = 4, 26  # pixels between tiles, and for the names above them

@@ -31,6 +31,7 @@ from yaml import YAMLError
 from .config import Config, load_config, make_config
 from .core import InputError
 from .interpret import COLOURS, drawn
+from .metrics import describe_promise
 from .report import chart, flatten, format_value, html_table, image_tag, write_page
 
 # %% ../nbs/42_training_report.ipynb #0f1005fa
@@ -207,6 +208,9 @@ def _how_it_ended(files: RunFiles) -> list[tuple[str, str]]:
     if reason == "patience":
         return [("It stopped early.", f"After epoch {best} the score did not rise any more for as long as train.patience allows, so it "
                  f"ended after {n}{wanted} epochs. That is as it should be, unless the score jumps about: then raise train.patience.")]
+    if reason == "minutes" and not n:
+        return [("It learned nothing.", "The minutes were over before the first epoch was. Give it more with train.minutes, or "
+                 "a machine that does less beside it.")]
     if reason == "minutes":
         return [("It was ended by the clock.", f"The minutes were over after {n}{wanted} epochs. The learning rate came down in time; "
                  "more minutes may still give a better detector.")]
@@ -298,7 +302,7 @@ def plot_lines(
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     if len(lines) > 1 or mark is not None or level:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, frameon=True, edgecolor="none", framealpha=0.8)  # a curve may run below it
     return fig
 
 # %% ../nbs/42_training_report.ipynb #b0eefa39
@@ -395,7 +399,7 @@ def changed_settings(
 ) -> list[tuple[str, str, str]]:
     "Settings that differ from those of the run's family and preset: (name, value, default)."
     default = flatten(make_config([f"model={config.model.name}", f"preset={config.preset}"]))
-    return [(k, v, default.get(k, "–")) for k, v in flatten(config).items() if v != default.get(k) and k != "model.channels"]
+    return [(k, v, default.get(k) or "–") for k, v in flatten(config).items() if v != default.get(k) and k != "model.channels"]
 
 
 def _settings(config: Config | None) -> str:
@@ -425,7 +429,8 @@ def _environment(files: RunFiles) -> str:
 def _data(files: RunFiles) -> str:
     "Fingerprint, split, threshold."
     images, threshold = files.record.get("images", {}), files.detector.get("threshold") or {}
-    share = lambda k: f"{threshold[k]:.1%}" if threshold.get(k) is not None else None  # noqa: E731
+    asked = f"{threshold['target_fpr']:.1%}" if threshold.get("target_fpr") is not None else None
+    promise = describe_promise(threshold["promised_fpr"], threshold["n_calibration"]) if threshold else None
     rows = {
         "folder": files.config.data.root if files.config else None,
         "good photographs trained on": images.get("train"), "held out, to choose the epoch": images.get("valid"),
@@ -433,7 +438,7 @@ def _data(files: RunFiles) -> str:
         "fingerprint of the photographs trained on": files.detector.get("data_fingerprint"),
         "fingerprint of all photographs": files.record.get("fingerprint") or None,
         "threshold": f"{threshold['value']:.4g}" if threshold else None,
-        "false alarms: asked": share("target_fpr"), "false alarms: promised, at most": share("promised_fpr"),
+        "false alarms: asked": asked, "false alarms: promised": promise,
     }
     cells = [[escape(k), f"<bdi>{format_value(v)}</bdi>"] for k, v in rows.items()]
     return html_table(cells, ["What", "Value"], "What it learned from, and what follows")
@@ -497,8 +502,8 @@ def _top(files: RunFiles, found: list) -> str:
         text += f" The best score on held-out good parts with synthetic damage: {files.scores[best]:.3f} (damage_auprc, epoch {best})."
     threshold = files.detector.get("threshold")
     if threshold:
-        text += (f" Its threshold, set on {threshold['n_calibration']} other good photographs, promises false alarms on at most "
-                 f"{threshold['promised_fpr']:.1%} of good parts.")
+        promise = describe_promise(threshold["promised_fpr"], threshold["n_calibration"])
+        text += f" False alarms promised by its threshold: {promise} that it was not trained on."
     text += " No test picture was looked at."
     items = "".join(f'<p class="found"><strong>{head}</strong> {body}</p>' for head, body in found)
     return f'<p class="short">{text}</p>' + (items or '<p class="found fine">Nothing looks wrong.</p>')
