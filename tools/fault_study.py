@@ -171,7 +171,7 @@ def disturbed(command: list[str], env: dict, out: Path, fault: str, goal: int, c
         for worker in filter(lives, family):
             worker.kill()
         said.seek(0)
-        lines = [line for line in said.read().replace("\r", "\n").splitlines() if line.strip() and "judging" not in line]
+        lines = re.findall(r"zipper_ad: .*|Traceback.*", said.read())  # without the progress bar
     now = len(list(out.glob("shard-*.parquet")))
     print(f"{fault}: ended after {ended} s, workers gone after {gone} s, {now} shards", file=sys.stderr, flush=True)
     return {"fault": fault, "shards_before": there, "shards_after": now, "hung": ended is None, "exit_code": process.wait(),

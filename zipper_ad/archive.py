@@ -441,7 +441,7 @@ def _work(pipe: Connection):
                 found = e
             pipe.send(found)
 
-
+# %% ../nbs/62_archive.ipynb #bd17ab13
 def _begin() -> tuple:
     "Start a worker: this end of the pipe to it, and its process."
     context = get_context("spawn")
@@ -460,7 +460,7 @@ def _told():
     except (EOFError, OSError) as e:
         raise InputError("a worker died, perhaps for want of memory. What is finished is kept: run it again, with fewer workers.") from e
 
-
+# %% ../nbs/62_archive.ipynb #87075904
 def _without_names(job: Job) -> Job:
     "The job without the archive's names: a worker gets its own with each shard."
     return replace(job, archive=replace(job.archive, names=[], rows=[]))
@@ -478,17 +478,8 @@ def _torch_threads():
             torch.set_num_threads(threads)
 
 # %% ../nbs/62_archive.ipynb #c3f86ecf
-def run_local(
-    job: Job,  # what to do
-    shards: list[Shard],  # those to judge
-    workers: int = 2,  # processes; 1: this one
-) -> Iterator[tuple[int, bytes]]:
-    "(number, Parquet file) of each shard, as they are done. Raises `InputError` where a worker dies."
-    if workers == 1:
-        with _torch_threads():
-            judge = job.open()
-            yield from ((s.number, job.judge(judge, s)) for s in shards)
-        return
+def _by_processes(job: Job, shards: list[Shard], workers: int) -> Iterator[tuple[int, bytes]]:
+    "What so many processes say of the shards; each has one shard at a time, and is sent the next when it has answered."
     begun = [_begin() for _ in shards[:workers]]
     pipes, rest = [pipe for pipe, _ in begun], iter(shards)
     try:
@@ -511,6 +502,20 @@ def run_local(
         for _, process in begun:
             process.terminate()
             process.join()
+
+# %% ../nbs/62_archive.ipynb #d6b39fab
+def run_local(
+    job: Job,  # what to do
+    shards: list[Shard],  # those to judge
+    workers: int = 2,  # processes; 1: this one
+) -> Iterator[tuple[int, bytes]]:
+    "(number, Parquet file) of each shard, as they are done. Raises `InputError` where a worker dies."
+    if workers > 1:
+        yield from _by_processes(job, shards, workers)
+        return
+    with _torch_threads():
+        judge = job.open()
+        yield from ((s.number, job.judge(judge, s)) for s in shards)
 
 # %% ../nbs/62_archive.ipynb #b22276d7
 @contextlib.contextmanager
@@ -719,6 +724,15 @@ def _engine(engine: str, workers: int, address: str, archive: Archive) -> tuple:
     return (run_ray, (workers, address)) if engine == "ray" else (run_local, (workers,))
 
 # %% ../nbs/62_archive.ipynb #f044b124
+def _write(path: Path, data: bytes):
+    "The file, whole or not at all; an error names it, which that of a full disk does not."
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+# %% ../nbs/62_archive.ipynb #b07b1692
 def score_archive(
     run: str | Path,  # a run's folder, or an exported file
     data: str | Path,  # folder of images, Parquet, or an address that fsspec opens
@@ -739,12 +753,7 @@ def score_archive(
     waiting = unfinished(out, shards, again)
     with tqdm(total=len(shards), initial=len(shards) - len(waiting), desc="judging", unit="shard", disable=not progress) as bar:
         for number, found in function(job, waiting, *how) if waiting else ():
-            path = shard_path(out, number)
-            try:
-                with atomic_path(path) as temporary:
-                    temporary.write_bytes(found)
-            except OSError as e:  # a full disk does not say which file it was
-                raise OSError(e.errno, e.strerror, str(path)) from e
+            _write(shard_path(out, number), found)
             bar.update()
     return count_rows(out) | {"judged": len(waiting), "skipped": len(shards) - len(waiting), "shards": len(shards)}
 
