@@ -31,7 +31,7 @@ from scipy import ndimage
 
 from . import __version__
 from .core import InputError
-from .picture import FORMATS, MIN_SIDE, Judge, Verdict, read_image
+from .picture import FORMATS, MIN_SIDE, Judge, Verdict, overlay, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -145,15 +145,7 @@ def heat_png(
     scale: tuple[float, float],  # (low, high) on the map's scale: `map_scale` of the judge
 ) -> bytes:
     "A PNG file of the photograph, as the network saw it, under the heat of its anomaly map."
-    from matplotlib import colormaps
-
-    low, high = scale
-    relative = np.nan_to_num(np.clip((verdict.anomaly_map - low) / max(high - low, 1e-12), 0, 1)).astype(np.float32)
-    grey = verdict.image if verdict.image.ndim == 2 else verdict.image @ np.array([0.299, 0.587, 0.114], np.float32)
-    opacity = 0.5 * np.clip(3 * relative - 1, 0, 1)[..., None]
-    colours = colormaps["inferno"](0.88 * relative)[..., :3]
-    rgb = (1 - opacity) * np.clip(grey, 0, 1)[..., None] + opacity * colours
-    buffer = io.BytesIO()
+    buffer, rgb = io.BytesIO(), overlay(verdict.image, verdict.anomaly_map, scale)
     Image.fromarray((255 * rgb).astype(np.uint8)).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
