@@ -728,7 +728,7 @@ def status(self: Watcher) -> str:
     "How it goes, in one line."
     c, m = self.counts, self.drift.monitor
     drift = f"no drift (capital {m.capital:.2g} of {1 / m.alpha:.0f})"
-    drift = "DRIFT: hold out new good parts and set the threshold anew" if m.alarm else drift
+    drift = "DRIFT: photograph good parts as they look now, then recalibrate or retrain" if m.alarm else drift
     said = ", ".join(f"{v} {c[v]}" for v in VERDICTS if c[v] or v != "ERROR")
     return f"{sum(c.values())} judged ({said}) | {self.rate():.1f}/s | {len(self.queue)} waiting | {self.false_alarms()} | {drift}"
 
