@@ -430,22 +430,25 @@ def main():
     target = next((a for a in sys.argv[1:] if "=" not in a), None)
     cases, seed = int(options.get("cases", 2000)), int(options.get("seed", 0))
     rooms = options.get("rooms", ",".join(ROOMS)).split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        root = make_folder(Path(folder))
-        found = {room: run_room(room, root, seed, cases) for room in rooms}
     import PIL
     import torch
 
+    words = " ".join(["python tools/fuzz.py", target or "OUT.json", f"cases={cases} seed={seed}", *(a for a in sys.argv if "rooms=" in a)])
     facts = {
-        "command": f"python tools/fuzz.py results/fuzz.json cases={cases} seed={seed}", "detector": "a CNN of 32 pixels, never trained",
-        "rooms": found, "largest_pictures": measure_largest() if "pictures" in rooms else [],
+        "command": words, "detector": "a CNN of 32 pixels, never trained", "rooms": (found := {}),
+        "largest_pictures": measure_largest() if "pictures" in rooms else [],
         "versions": {"python": platform.python_version(), "pillow": PIL.__version__, "torch": torch.__version__,
                      **{m: __import__(m).__version__ for m in ("onnxruntime", "openvino", "safetensors")}},
     }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_folder(Path(folder))
+        for room in rooms:
+            found[room] = run_room(room, root, seed, cases)
+            print(room, json.dumps(found[room]), flush=True)
+            if target:  # after each room, so that a stop loses one at most
+                with atomic_path(target) as temporary:
+                    temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts, indent=1))
-    if target:
-        with atomic_path(target) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return int(any(r["crashed"] for r in found.values()))
 
 
