@@ -428,7 +428,6 @@ table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; padding-bottom: .3rem; font-weight: 600; }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; vertical-align: top; overflow-wrap: break-word; }
 tbody tr { border-top: 1px solid var(--line); }
-thead th { white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; }
