@@ -974,14 +974,14 @@ _style = """
 .zad .card.defective { border-bottom-color: #e69f00 }
 .zad .card.wrong { border-bottom: 5px dashed #000; font-weight: 700 }
 .zad .card[aria-current] { outline: 3px solid #000; outline-offset: 1px }
-.zad .turn { font: inherit; margin-left: 6px; padding: 4px 10px; border: 1px solid var(--edge); background: #eee; color: #111 }
-.zad .turn:disabled { color: #767676; cursor: default }
-.zad .drop { display: block; margin: 8px 0 }
-.zad .drop input, .zad .drop small { display: block; margin-top: 4px; max-width: 100% }
 """  # CSS
 
 # %% ../nbs/51_app.ipynb #38a89e77
 _style += """
+.zad .turn { font: inherit; margin-left: 6px; padding: 4px 10px; border: 1px solid var(--edge); background: #eee; color: #111 }
+.zad .turn:disabled { color: #767676; cursor: default }
+.zad .drop { display: block; margin: 8px 0 }
+.zad .drop input, .zad .drop small { display: block; margin-top: 4px; max-width: 100% }
 .zad-badge { margin: 2px 0; padding: 6px 10px; border-left: 6px solid; line-height: 1.4; white-space: normal; font-size: 14px }
 .zad-badge.honest { border-color: #0072b2; background: #eef5fa }
 .zad-badge.oracle { border-color: #000; background: #fdf1dc }

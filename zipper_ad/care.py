@@ -117,11 +117,11 @@ def recalibrate(
     _note(found, run, out, detector.config, fingerprint([new.items[i] for i in distinct]))
     return found
 
-
+# %% ../nbs/63_care.ipynb #0f0eecb8
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
-# %% ../nbs/63_care.ipynb #0f0eecb8
+
 def _note(found: Recalibration, run: Path, out: Path, config: Config, pictures: str):
     "Write config.yaml and recalibration.json beside the new detector, and what is known of the training."
     save_config(config, out / "config.yaml")
