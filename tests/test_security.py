@@ -68,6 +68,17 @@ def exported(trained, tmp_path_factory):
 FORMS = ["pickle", "torch", "legacy", "numpy"]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_a_training_begins_with(form, trained, marker, tmp_path):
+    from zipper_ad.config import load_config
+    from zipper_ad.learner import start_from
+    from zipper_ad.models.head import Restorer
+
+    (tmp_path / "weights.safetensors").write_bytes(pickles(marker)[form])
+    with pytest.raises(InputError, match="not a safetensors file"):
+        start_from(Restorer(load_config(trained.run / "config.yaml").model), tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt", ".pt2"])
 @pytest.mark.parametrize("form", FORMS)
 def test_exported_files(suffix, form, marker, tmp_path):
