@@ -253,12 +253,9 @@ def exported(run: Path, data: Path) -> dict:
 
 def threshold_of(scores, rate):
     "The conformal threshold, without the warning that few pictures promise little: the row says what is promised."
-    import logging
-
     from zipper_ad.threshold import conformal_threshold
 
-    logging.getLogger("zipper_ad.score").setLevel(logging.ERROR)
-    return conformal_threshold(scores.numpy(), rate)
+    return conformal_threshold(scores.numpy(), rate, quiet=True)
 
 
 def trained(name: str, row: dict, data: Path, runs: Path) -> tuple[Path, list[str]]:

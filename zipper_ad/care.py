@@ -68,22 +68,22 @@ class Recalibration(Change):
     new: Threshold
 
 # %% ../nbs/63_care.ipynb #2b82f1f9
-def _trained_on(detector: Detector) -> set[str]:
-    "Hashes of the photographs that a network was trained on, as far as they are still there."
-    d = detector.config.data
-    try:
-        items = find_items(d.root, "train") if d.root else []
-        known = AnomalyDataset(d.root, "train", size=d.size, channels=d.channels, cache="off").hashes if items else []
-    except InputError:
-        logger.warning("%s: the training pictures are not there any more, so nobody can tell whether the new ones are among them.", d.root)
-        return set()
-    return {known[i] for i in split_normals(items, d.held_out, detector.config.seed)[0]} if items else set()
-
-
 def _photographs(detector: Detector, data: str | Path) -> AnomalyDataset:
     "Photographs of good parts, as the detector sees them."
     d = detector.config.data
     return AnomalyDataset(data, "train", size=d.size, channels=d.channels, cache="off")
+
+
+def _trained_on(detector: Detector) -> set[str]:
+    "Hashes of the photographs that a network was trained on, as far as they are still there."
+    d = detector.config.data
+    try:
+        known = _photographs(detector, d.root) if d.root else None
+        hashes = known.hashes if known else []
+    except InputError:
+        logger.warning("%s: the training pictures are not there any more, so nobody can tell whether the new ones are among them.", d.root)
+        return set()
+    return {hashes[i] for i in split_normals(known.items, d.held_out, detector.config.seed)[0]} if known else set()
 
 # %% ../nbs/63_care.ipynb #9e2e1b4c
 def recalibrate(

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
-from matplotlib.figure import Figure
 
 # %% ../nbs/48_resources.ipynb #2c3e99e1
 def _family(process: psutil.Process) -> list[psutil.Process]:
@@ -113,8 +112,10 @@ def watch_resources(
 # %% ../nbs/48_resources.ipynb #ec07f320
 def plot_resources(
     use: ResourceUse,  # of two looks or more
-) -> Figure:
-    "Cores at work and memory over time, one above the other."
+):
+    "Cores at work and memory over time, one above the other; a matplotlib figure."
+    from matplotlib.figure import Figure  # here, so that who only watches does not carry it
+
     figure = Figure(figsize=(6.4, 3.2), dpi=100)
     above, below = figure.subplots(2, 1, sharex=True)
     above.stairs(use.cores, use.seconds, fill=True, color="#0072b2", alpha=0.6)

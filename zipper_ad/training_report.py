@@ -31,8 +31,8 @@ from yaml import YAMLError
 from .config import Config, load_config, make_config
 from .core import InputError
 from .interpret import COLOURS, drawn
-from .metrics import describe_promise
 from .report import chart, flatten, format_value, html_table, image_tag, write_page
+from .threshold import describe_promise
 
 # %% ../nbs/42_training_report.ipynb #0f1005fa
 def _number(text: str) -> float:
