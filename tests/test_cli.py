@@ -409,11 +409,13 @@ def test_render_leaves_a_full_folder_alone(trained, refused, contents):
 
 
 def test_check_finds_what_is_wrong(trained, cli, tmp_path):
-    assert cli("data", "check", f"data={trained.data}").code == 0
+    done = cli("data", "check", f"data={trained.data}")
+    assert done.code == 0 and "sets the threshold with 5 others: at best 16.7% false alarms, where 5% is the default" in done.out
+    assert done.out.rstrip().endswith(f"next: zipper_ad train data={trained.data} out=runs/first")
     root = shutil.copytree(trained.data, tmp_path / "data")
     (root / "test/good/bad.png").write_text("no picture")
     done = cli("data", "check", f"data={root}")
-    assert done.code == 1 and "bad.png" in done.out
+    assert done.code == 1 and "bad.png" in done.out and "next:" not in done.out
 
 
 @pytest.mark.parametrize("command", ["data check", "train", "evaluate"])
@@ -423,6 +425,13 @@ def test_missing_and_empty_folders(command, trained, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     if command != "data check":
         assert "empty" in refused(*command.split(), f"data={tmp_path / 'empty'}", *run)
+
+
+def test_quiet_draws_no_bars_and_the_next_command_does(trained, cli, tmp_path):
+    words = ["evaluate", f"run={trained.run}", f"data={trained.data}", f"out={tmp_path / 'm.json'}"]
+    quiet, usual = cli(*words, "-q"), cli(*words)
+    assert quiet.code == usual.code == 0 and "AUROC" in quiet.out
+    assert quiet.err == "" and "judging" in usual.err
 
 
 # ---------------------------------------------------------------- evaluate

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     "The parser of all commands; each takes key=value settings."
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("-v", "--verbose", action="store_true", help="say more")
-    shared.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    shared.add_argument("-q", "--quiet", action="store_true", help="no progress bars and no warnings: results, and what went wrong")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     shared.add_argument("--watch", action="store_true", help="tell every few seconds what the command takes of processor and memory")
     description = "Find bad zippers, and other parts, with autoencoders."
@@ -156,15 +156,28 @@ def _in_words(e: Exception) -> str:
     return str(e)
 
 # %% ../nbs/50_cli.ipynb #cfcb4330
+@contextmanager
+def _no_bars():
+    "While this lasts, no progress bar is drawn, whoever makes it."
+    from tqdm import tqdm
+
+    usual = tqdm.__init__
+    tqdm.__init__ = lambda self, *args, **settings: usual(self, *args, **settings | {"disable": True})
+    try:
+        yield
+    finally:
+        tqdm.__init__ = usual
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    "The command itself, watched if that was asked for."
+    "The command itself, watched or without bars if that was asked for."
     options = {name: getattr(arguments, name) for name in arguments.options}
     watched = nullcontext()
     if arguments.watch:
         from zipper_ad.resources import tell_resources
 
         watched = tell_resources()
-    with watched:
+    with watched, _no_bars() if arguments.quiet else nullcontext():
         return arguments.function(parse_overrides(arguments.settings), **options) or 0
 
 
@@ -203,6 +216,22 @@ def data_render(pairs):
     print(f"{n_train} good {scene}s to train on and a test set of {n_good} good and {defective} defective ones: {path}")
 
 # %% ../nbs/50_cli.ipynb #2aed7f99
+def _what_next(report) -> list[str]:
+    "What a training on these pictures can promise, and the command that starts it; nothing where there are none to train on."
+    from zipper_ad.data import held_out_count
+    from zipper_ad.threshold import smallest_fpr
+
+    n = report.counts.get("train/good", report.counts.get("good", 0))
+    if n < 10:  # too few to promise anything
+        return []
+    held = held_out_count(n, make_config([]).data.held_out)
+    deciding = held_out_count(held, 0.6)
+    rate, target = smallest_fpr(deciding), make_config([]).score.target_fpr
+    hint = "" if rate <= target else f", where {target:.0%} is the default: data.held_out=0.4, or more photographs, would promise less"
+    return [f"a training learns from {n - held} and sets the threshold with {deciding} others: at best {rate:.1%} false alarms{hint}",
+            f"next: zipper_ad train data={report.root} out=runs/first"]
+
+# %% ../nbs/50_cli.ipynb #6a381512
 @command("data check")
 def data_check(pairs):
     "Look a folder over: layout, counts, broken files, duplicates, masks that do not fit: data=DIR"
@@ -212,6 +241,8 @@ def data_check(pairs):
     _nothing_left(pairs, ["data"])
     report = check_data(root)
     print(report)
+    for line in _what_next(report) if report.ok else ():
+        print(line)
     return 0 if report.ok else 1
 
 # %% ../nbs/50_cli.ipynb #5196e489
@@ -334,6 +365,13 @@ TRAIN_OPTIONS = {
     "-m --multirun": {"action": "store_true", "help": "a sweep: one training for each combination of values"},
 }
 TRAIN_EXAMPLES = """groups of settings: model, preset, data, train, score, experiment; a wrong name is answered with the right ones
+
+often changed (all of them, with their values: --cfg job):
+  train.minutes=10        stop and keep the best after so long; 0: by train.epochs alone
+  data.size=256           pixels a side that every picture is scaled to
+  data.held_out=0.2       share of the good pictures that is not learned from: it chooses the epoch and sets the threshold
+  score.target_fpr=0.05   false alarms that the threshold may cost
+  seed=0                  another seed: another split, another start
 
 examples:
   zipper_ad train data=zippers out=runs/first
@@ -654,17 +692,13 @@ def _short(name: str, most: int = 180) -> str:
 # %% ../nbs/50_cli.ipynb #0cc0fc9c
 def _save_pictures(verdict, name: str, out: Path, scale):
     "Heatmap and mask as PNG."
-    import numpy as np
     from PIL import Image
 
-    from zipper_ad.picture import overlay
+    from zipper_ad.picture import overlay, to_uint8
 
-    heatmap = overlay(verdict.image, verdict.anomaly_map, scale)
-    if heatmap.dtype != np.uint8:
-        heatmap = (np.clip(heatmap, 0, 1) * 255).astype(np.uint8)
-    for kind, pixels in (("heatmaps", heatmap), ("masks", verdict.mask.astype(np.uint8) * 255)):
+    for kind, pixels in (("heatmaps", overlay(verdict.image, verdict.anomaly_map, scale)), ("masks", verdict.mask)):
         with atomic_path(out / kind / f"{name}.png") as temporary:
-            Image.fromarray(pixels).save(temporary, format="PNG")
+            Image.fromarray(to_uint8(pixels)).save(temporary, format="PNG")
 
 # %% ../nbs/50_cli.ipynb #a4a4d7a8
 COLUMNS = ["file", "score", "p_value", "is_anomalous", "threshold", "error"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MVTEC_PAGE', 'MVTEC_ZIPPER_URL', 'MVTEC_ZIPPER_SHA256', 'MVTEC_ZIPPER_SIZE', 'MVTEC_LICENCE', 'to_tensor', 'Item',
            'find_items', 'content_hash', 'fingerprint', 'cache_folder', 'AnomalyDataset', 'PackedMasks',
-           'split_normals', 'Augment', 'anomaly_dls', 'fetch_mvtec', 'DataReport', 'check_data']
+           'held_out_count', 'split_normals', 'Augment', 'anomaly_dls', 'fetch_mvtec', 'DataReport', 'check_data']
 
 # %% ../nbs/02_data.ipynb #eaf3bd55
 import contextlib
@@ -448,6 +448,14 @@ def _by_content(indices, hashes, seed):
     return [groups[h] for h in sorted(groups, key=lambda h: hashlib.sha256(f"{seed}:{h}".encode()).hexdigest())]
 
 
+def held_out_count(
+    n: int,  # distinct pictures, two or more
+    held_out: float = 0.2,  # share of them to hold out
+) -> int:
+    "How many `split_normals` holds out: the nearest number to the share, at least one, and never all."
+    return min(max(1, round(held_out * n)), n - 1)
+
+# %% ../nbs/02_data.ipynb #bde375f1
 def split_normals(
     dataset_or_items,  # an `AnomalyDataset`, or a sequence of `Item`; defective ones are left out
     held_out: float = 0.2,  # share of the distinct normal pictures to hold out, in (0, 1); at least one
@@ -461,7 +469,7 @@ def split_normals(
     if len(groups) < 2:
         raise InputError(f"{len(groups)} distinct photographs of good parts: none can be held out to set the threshold. "
                          "Give at least 2; 50 or more are better.")
-    n = min(max(1, round(held_out * len(groups))), len(groups) - 1)
+    n = held_out_count(len(groups), held_out)
     return sorted(sum(groups[n:], [])), sorted(sum(groups[:n], []))
 
 # %% ../nbs/02_data.ipynb #58428bf1

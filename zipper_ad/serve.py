@@ -31,7 +31,7 @@ from scipy import ndimage
 
 from . import __version__
 from .core import InputError
-from .picture import FORMATS, MIN_SIDE, Judge, Verdict, overlay, read_image
+from .picture import FORMATS, MIN_SIDE, Judge, Verdict, overlay, read_image, to_uint8
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def heat_png(
 ) -> bytes:
     "A PNG file of the photograph, as the network saw it, under the heat of its anomaly map."
     buffer, rgb = io.BytesIO(), overlay(verdict.image, verdict.anomaly_map, scale)
-    Image.fromarray((255 * rgb).astype(np.uint8)).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(to_uint8(rgb)).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 # %% ../nbs/61_serve.ipynb #688a43d3

@@ -302,7 +302,7 @@ def plot_lines(
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     if len(lines) > 1 or mark is not None or level:
-        ax.legend(fontsize=8, frameon=True, edgecolor="none", framealpha=0.8)  # a curve may run below it
+        fig.legend(loc="outside lower left", fontsize=8, ncols=3, handlelength=1.5, columnspacing=1.2)  # where no curve runs
     return fig
 
 # %% ../nbs/42_training_report.ipynb #b0eefa39

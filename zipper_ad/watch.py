@@ -32,7 +32,7 @@ from scipy import stats
 
 from .core import InputError, atomic_path
 from .drift import DriftMonitor, OnlinePValues
-from .picture import IMAGE_SUFFIXES, Judge, Verdict, overlay
+from .picture import IMAGE_SUFFIXES, Judge, Verdict, overlay, to_uint8
 from .threshold import conformal_threshold
 
 logger = logging.getLogger(__name__)
@@ -627,7 +627,7 @@ def save_heatmap(
     name: str,  # from the out folder on
 ):
     "The picture under the heat of its anomaly map."
-    pixels = (np.clip(overlay(verdict.image, verdict.anomaly_map, self.judge.map_scale), 0, 1) * 255).astype(np.uint8)
+    pixels = to_uint8(overlay(verdict.image, verdict.anomaly_map, self.judge.map_scale))
     with atomic_path(self.out / name) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
