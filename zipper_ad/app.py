@@ -18,12 +18,10 @@ import io
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -41,7 +39,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .compare import run_names
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, sigterm_like_ctrl_c
 from .data import AnomalyDataset, cache_folder, find_items, fingerprint
 from .detector import Detector, Verdict
 from .interpret import COLOURS, drawn, verdict_panels
@@ -1471,19 +1469,6 @@ def served(
             _end(process)
 
 # %% ../nbs/51_app.ipynb #d980c87e
-@contextlib.contextmanager
-def _sigterm_like_ctrl_c():
-    "Whoever ends this process by SIGTERM ends the server with it. Signals belong to the main thread: elsewhere nothing happens."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def serve(
     runs,  # folders of runs, one or several
     data: str | Path,  # a folder with test/ and, where known, ground_truth/
@@ -1492,7 +1477,7 @@ def serve(
 ) -> int:
     "Serve the dashboard until Ctrl-C; returns the exit code. Raises `InputError` for a wrong run, folder or port."
     try:
-        with _sigterm_like_ctrl_c(), served(dict(zip(run_names(runs), runs, strict=True)), data, port, folder) as (process, address):
+        with sigterm_like_ctrl_c(), served(dict(zip(run_names(runs), runs, strict=True)), data, port, folder) as (process, address):
             print(f"dashboard: {address} (Ctrl-C ends it)", flush=True)
             return process.wait()
     except KeyboardInterrupt:

@@ -17,9 +17,7 @@ import io
 import logging
 import math
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,7 @@ from PIL import Image
 from scipy import ndimage
 
 from . import __version__
-from .core import InputError
+from .core import InputError, sigterm_like_ctrl_c
 from .picture import FORMATS, MIN_SIDE, Judge, Verdict, overlay, read_image, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -644,19 +642,6 @@ def check_token(
     return token
 
 # %% ../nbs/61_serve.ipynb #7b1d40f4
-@contextlib.contextmanager
-def _sigterm_like_ctrl_c():
-    "Uvicorn repeats the signal that ended it: a SIGTERM must not kill then. Signals belong to the main thread."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-# %% ../nbs/61_serve.ipynb #0c973114
 def serve(
     open_judge: Callable[[], Judge],  # called when the port is taken; a `Predictor` or a `Detector`
     host: str = "127.0.0.1",  # address to listen at
@@ -665,7 +650,7 @@ def serve(
     **limits,  # of `Service`: batch, queue, max_mb, timeout
 ) -> int:
     "Serve verdicts until Ctrl-C or SIGTERM; returns the exit code. Raises `InputError` for what cannot be served."
-    with listen(host, port) as place, _sigterm_like_ctrl_c(), contextlib.suppress(KeyboardInterrupt):
+    with listen(host, port) as place, sigterm_like_ctrl_c(), contextlib.suppress(KeyboardInterrupt):  # uvicorn repeats its last signal
         app = make_app(open_judge(), check_token(token, host), **limits)
         patience = int(app.state.service.timeout) + 10
         quiet = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}  # its own closes others
