@@ -42,7 +42,8 @@ from zipper_ad.corrupt import ALIGNED
 FAMILIES = ("cnn", "resnet", "vit", "diffusion")
 SMALL = ["data.size=128", "train.epochs=60"]  # a quarter of the pixels: to compare settings, not to report what can be reached
 RESCORED = ("default", "uncalibrated", "pool_topk", "pool_mean", "no_smoothing", "smoothing_8")
-RETRAINED = ("only_mse", "only_l1", "only_ssim", "only_msgms", "no_skip", "latent_32", "latent_512", "size_64")
+RETRAINED = ("only_mse", "only_l1", "only_ssim", "only_msgms", "no_skip", "latent_32", "latent_512", "size_64",
+             "control", "discrepancy", "error_maps_only")
 DRAWN = {  # what is rendered: the scene, and what differs from the set that the demo uses
     "zippers": {"scene": "zipper"}, "screws": {"scene": "screw"},
     "zippers-large": {"scene": "zipper", "seed": 2000, "n_train": 0, "n_good": 600, "n_test": 200},
