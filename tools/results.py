@@ -30,6 +30,7 @@ for paired intervals, and those of the held-out normals, for p-values.
 """
 
 import fnmatch
+import json
 import os
 import subprocess
 import sys
@@ -270,8 +271,6 @@ def exported(run: Path, data: Path) -> dict:
 
 def promised(run: Path, good: Path, large: Path) -> dict:
     "Thresholds of a trained run from many other good pictures, and what they do on those that the row `large` holds the scores of."
-    import json
-
     import numpy as np
 
     from zipper_ad.data import AnomalyDataset
@@ -283,40 +282,38 @@ def promised(run: Path, good: Path, large: Path) -> dict:
     detector = refitted(run)[0]
     normal = AnomalyDataset(good, "train", size=detector.config.data.size, channels=detector.config.data.channels)
     calibration = np.concatenate([detector.maps_and_scores(normal.batch(i))[1].numpy() for i in batches(range(len(normal)))])
-    scores = json.loads(large.read_text())["scores"]
-    of = {label: np.array([v for k, v in scores.items() if k.startswith("good/") == (label == "good")]) for label in ("good", "defective")}
-    at = {}
+    good_ones, defective, at = [], [], {}
+    for name, score in json.loads(large.read_text())["scores"].items():
+        (good_ones if name.startswith("good/") else defective).append(score)
     for rate in (0.05, 0.01):
         threshold = threshold_of(calibration, rate)
-        found, alarms = (int((of[label] > threshold.value).sum()) for label in ("defective", "good"))
-        n_found, n_good = len(of["defective"]), len(of["good"])
+        found, alarms = (sum(score > threshold.value for score in scores) for scores in (defective, good_ones))
         at[f"{rate:g}"] = {
             "threshold": threshold.value, "promised_fpr": threshold.promised_fpr,
             "fpr_upper_bound": fpr_upper_bound(threshold.promised_fpr, threshold.n_calibration),
-            "observed_fpr": alarms / n_good, "recall": found / n_found,
-            "ci": {"observed_fpr": wilson_interval(alarms, n_good), "recall": wilson_interval(found, n_found)},
+            "observed_fpr": alarms / len(good_ones), "recall": found / len(defective),
+            "ci": {"observed_fpr": wilson_interval(alarms, len(good_ones)), "recall": wilson_interval(found, len(defective))},
         }
-    return {"n_calibration": len(calibration), "n": {k: len(v) for k, v in of.items()}, "at": at,
+    return {"n_calibration": len(calibration), "n": {"good": len(good_ones), "defective": len(defective)}, "at": at,
             "calibration_scores": [float(f"{s:.7g}") for s in np.sort(calibration)]}
 
 
 def threshold_of(scores, rate):
     "The conformal threshold, without the warning that few pictures promise little: the row says what is promised."
-    import numpy as np
-
     from zipper_ad.threshold import conformal_threshold
 
-    return conformal_threshold(np.asarray(scores), rate, quiet=True)
+    return conformal_threshold(scores, rate, quiet=True)
 
 
-def trained(name: str, row: dict, data: Path, runs: Path) -> tuple[Path, list[str]]:
-    "The run of a row, trained if that was not done before, and its settings."
+def trained(name: str, photographs: str | None, runs: Path) -> tuple[Path, list[str]]:
+    "The run of a row that trains, trained if that was not done before, and its settings."
     from zipper_ad.cli import main as zipper_ad
 
+    row = rows()[name]
     run, settings = runs / name, ["train.minutes=0", *row["settings"], "train.threads=1"]
     if not (run / "detector.json").exists():
         start = time.monotonic()
-        if zipper_ad(["train", f"data={data}", f"out={run}", *settings]):
+        if zipper_ad(["train", f"data={folder_of(row['data'], photographs, runs)}", f"out={run}", *settings]):
             raise SystemExit(f"{name}: training failed")
         (run / "minutes.txt").write_text(f"{(time.monotonic() - start) / 60:.1f}")
     return run, settings
@@ -327,28 +324,28 @@ def make(name: str, row: dict, photographs: str | None, runs: Path):
     from zipper_ad.cli import write_json
 
     how, data = {"made_by": f"python tools/results.py photographs=DIR {name}", "row": name}, folder_of(row["data"], photographs, runs)
+    how["data"] = row["data"]
+
+    def run_of(base):
+        return trained(base, photographs, runs)[0]
+
     if "members" in row:
-        facts = ensemble([trained(m, rows()[m], data, runs)[0] for m in row["members"]], data)
-        how |= {"data": row["data"], "members": row["members"]}
-    elif "rescores" in row:
-        base = row["rescores"]
-        learned_from = folder_of(rows()[base]["data"], photographs, runs)
-        facts = rescore(trained(base, rows()[base], learned_from, runs)[0], data, row["experiment"])
-        how |= {"data": row["data"], "settings": [f"experiment={row['experiment']}"], "rescores": base}
-    elif "promises" in row:
-        base = row["promises"]
-        run = trained(base, rows()[base], folder_of(rows()[base]["data"], photographs, runs), runs)[0]
-        facts = promised(run, data, Path("results") / f"large-{base}.json")
-        how |= {"data": row["data"], "promises": base}
-    elif "exports" in row:
-        base = row["exports"]
-        facts = exported(trained(base, rows()[base], data, runs)[0], data)
-        how |= {"data": row["data"], "exports": base}
+        facts = ensemble([run_of(m) for m in row["members"]], data)
+        how |= {"members": row["members"]}
+    elif base := row.get("rescores"):
+        facts = rescore(run_of(base), data, row["experiment"])
+        how |= {"settings": [f"experiment={row['experiment']}"], "rescores": base}
+    elif base := row.get("promises"):
+        facts = promised(run_of(base), data, Path("results") / f"large-{base}.json")
+        how |= {"promises": base}
+    elif base := row.get("exports"):
+        facts = exported(run_of(base), data)
+        how |= {"exports": base}
     else:
-        run, settings = trained(name, row, data, runs)
+        run, settings = trained(name, photographs, runs)
         facts, epochs = measure(run, data), sum(1 for _ in (run / "history.csv").open()) - 1
         minutes = float((run / "minutes.txt").read_text())
-        how |= {"data": row["data"], "settings": settings, "train_minutes_one_thread": minutes, "epochs": epochs}
+        how |= {"settings": settings, "train_minutes_one_thread": minutes, "epochs": epochs}
     write_json(how | facts, Path("results") / f"{name}.json")
 
 
@@ -383,8 +380,6 @@ def main(arguments: list[str]):
 
 def over_seeds(patterns: list[str]) -> list[str]:
     "One line for each settings measured from two seeds or more: the mean of each figure and its interval."
-    import json
-
     from zipper_ad.statistics import across_seeds
 
     groups, lines = {}, []
@@ -403,8 +398,6 @@ def over_seeds(patterns: list[str]) -> list[str]:
 
 def summary(name: str) -> str:
     "One line for a finished row."
-    import json
-
     row = json.loads((Path("results") / f"{name}.json").read_text())
     if "programs" in row:
         told = (f"{k} {v['difference']:+.4f}, {v['verdicts_changed']} changed" for k, v in row["programs"].items())

@@ -180,7 +180,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with watched, _no_bars() if arguments.quiet else nullcontext():
         return arguments.function(parse_overrides(arguments.settings), **options) or 0
 
-
+# %% ../nbs/50_cli.ipynb #41f3b11c
 def main(
     arguments: list[str] | None = None,  # the words after `zipper_ad`; None: those of the shell
 ) -> int:
@@ -218,15 +218,15 @@ def data_render(pairs):
 # %% ../nbs/50_cli.ipynb #2aed7f99
 def _what_next(report) -> list[str]:
     "What a training on these pictures can promise, and the command that starts it; nothing where there are none to train on."
-    from zipper_ad.data import held_out_count
+    from zipper_ad.data import CHOOSING_SHARE, held_out_count
     from zipper_ad.threshold import smallest_fpr
 
-    n = report.counts.get("train/good", report.counts.get("good", 0))
+    usual, n = make_config([]), report.counts.get("train/good", report.counts.get("good", 0))
     if n < 10:  # too few to promise anything
         return []
-    held = held_out_count(n, make_config([]).data.held_out)
-    deciding = held_out_count(held, 0.6)
-    rate, target = smallest_fpr(deciding), make_config([]).score.target_fpr
+    held = held_out_count(n, usual.data.held_out)
+    deciding = held_out_count(held, 1 - CHOOSING_SHARE)
+    rate, target = smallest_fpr(deciding), usual.score.target_fpr
     hint = "" if rate <= target else f", where {target:.0%} is the default: data.held_out=0.4, or more photographs, would promise less"
     return [f"a training learns from {n - held} and sets the threshold with {deciding} others: at best {rate:.1%} false alarms{hint}",
             f"next: zipper_ad train data={report.root} out=runs/first"]

@@ -33,7 +33,7 @@ from zipper_ad.callbacks import (
 from .config import Config
 from .core import InputError, import_torchvision, pick_device, set_seed
 from .corrupt import MIXTURES, RADII, Corruption
-from .data import AnomalyDataset, Augment, anomaly_dls, fingerprint, split_normals
+from .data import CHOOSING_SHARE, AnomalyDataset, Augment, anomaly_dls, fingerprint, split_normals
 from .distributed import DistributedCallback, ShareResult, is_main, world
 from .losses import PerceptualLoss
 from .models.base import read_weights
@@ -68,7 +68,7 @@ def split_three(
     dataset: AnomalyDataset,  # normal pictures
     held_out: float = 0.2,  # share that is not trained on
     seed: int = 0,  # of the split
-    valid_share: float = 0.4,  # share of the held-out pictures that choose; the others set the threshold
+    valid_share: float = CHOOSING_SHARE,  # share of the held-out pictures that choose; the others set the threshold
 ) -> NormalSplit:
     "Divide normal pictures by content; duplicates stay together. Raises `InputError` with too few pictures."
     train, held = split_normals(dataset, held_out, seed)
