@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -157,6 +158,19 @@ def test_dataset_description(tmp_path):
         assert (image == again).all()
     severities = [item["severity"] for item in about["images"] if item["kind"] == "rough"]
     assert severities == [0.3, 0.65, 1.0]
+
+
+def test_rendering_starts_no_process(tmp_path, monkeypatch):
+    "A process with threads, such as a notebook's, that forks may find its child locked up for ever."
+
+    def start(*_):
+        raise AssertionError("a process was started")
+
+    for name in ("fork", "posix_spawn"):
+        monkeypatch.setattr(os, name, start, raising=False)
+    monkeypatch.setattr("_posixsubprocess.fork_exec", start, raising=False)
+    out = render_dataset(tmp_path / "zippers", n_train=16, n_good=1, n_test=1, size=32, workers=2, progress=False)
+    assert len(list(out.rglob("*.png"))) == 16 + 1 + 2 * len(KINDS)
 
 
 def test_dataset_does_not_depend_on_workers(tmp_path):

@@ -10,11 +10,9 @@ __all__ = ['KINDS', 'SCENES', 'generator', 'bump', 'value_noise', 'Zipper', 'str
 import importlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -707,17 +705,10 @@ def _write(job):
 
 # %% ../nbs/03_synth.ipynb #40a282f7
 def _write_all(jobs, workers, progress):
-    "Run the jobs in this process or in several, with a bar."
-    with tqdm(total=len(jobs), desc="rendering", unit="image", disable=not progress) as bar:
-        if workers == 1 or len(jobs) < 16:
-            for job in jobs:
-                _write(job)
-                bar.update()
-            return
-        method = "fork" if sys.platform == "linux" else "spawn"
-        with ProcessPoolExecutor(workers, mp_context=get_context(method)) as pool:
-            for _ in pool.map(_write, jobs, chunksize=4):
-                bar.update()
+    "Run the jobs in several threads, with a bar. Not in processes: a process with threads, once forked, may lock up."
+    with tqdm(total=len(jobs), desc="rendering", unit="image", disable=not progress) as bar, ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(_write, jobs):
+            bar.update()
 
 
 def _fill(folder, scene, about, workers, progress):
@@ -747,7 +738,7 @@ def render_dataset(
     size: int = 256,  # height and width in pixels
     seed: int = 0,  # another seed gives another data set
     progress: bool = True,  # show a progress bar
-    workers: int | None = None,  # processes; None: one a core, at most two. The files don't depend on it
+    workers: int | None = None,  # threads; None: one a core, at most two. The files don't depend on it
     scene: str = "zipper",  # what is drawn: "zipper", "screw", or another name in SCENES
 ) -> Path:
     "Write a data set in MVTec AD's layout, whole or not at all; its folder. `InputError` if `out` is not empty or the scene unknown."
