@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from zipper_ad.config import make_config
 from zipper_ad.core import InputError
 from zipper_ad.detector import Detector
-from zipper_ad.pose import Upright, UprightPictures, find_pose, turn, turn_back
+from zipper_ad.pose import Upright, UprightPictures, Window, find_pose, turn, turn_back
 from zipper_ad.score import smooth
 from zipper_ad.synth import render_dataset
 
@@ -51,13 +51,49 @@ def test_poses_are_found(channels):
     x = parts(40, channels)
     lying = turn(x, poses(40))
     upright = Upright().fit(lying[:24])
-    turned, pose = upright(lying[24:])
+    seen, pose = upright(lying[24:])
+    turned = turn(lying[24:], pose)
     off = pose[:, 0] + poses(40)[24:, 0]
     off = (off - off[0] + math.pi) % (2 * math.pi) - math.pi
     assert off.abs().max() < math.radians(2)
     apart = lambda t: (t - t.mean(0)).abs().mean()  # noqa: E731
     assert apart(turned) < 0.6 * apart(lying[24:])
-    assert torch.allclose(turned, turn(lying[24:], pose)) and pose[:, 1:].abs().max() < 0.15
+    assert pose[:, 1:].abs().max() < 0.15
+    assert seen.shape == (16, channels, 96, 64)  # the wedge is 0.6 by 0.2 of the side, lies along it, and is seen twice as large
+    assert torch.allclose(seen, upright.look(lying[24:], pose)) and (seen[..., :4] - 0.4).abs().max() < 0.1  # its longest side is up
+    middle = (seen > 0.6).float().mean((0, 1))
+    assert middle[48, 32] > 0.5 and middle[:, 0].max() == 0 == middle[0].max()
+
+
+def test_a_window_is_the_middle_enlarged():
+    x = smooth(parts(4), 16)
+    pose = poses(4)
+    whole, seen = turn(x, pose), turn(x, pose, Window(64, 64, 32, 2))
+    assert torch.allclose(torch.nn.functional.avg_pool2d(seen, 2), whole[..., 16:48, 24:40], atol=0.01)
+    assert torch.allclose(turn(x, pose, Window(64, 64, 64, 1)), whole, atol=1e-6)
+    again = turn_back(seen, pose, Window(64, 64, 32, 2))
+    assert again.shape == x.shape and (again == 0).any()
+    inside = turn_back(torch.ones_like(seen), pose, Window(64, 64, 32, 2)) == 1
+    assert inside.any() and (again - x)[inside].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_what_was_seen_is_put_back(crop):
+    lying = turn(parts(24), poses(24))
+    upright = Upright().fit(lying, crop=crop)
+    seen, pose = upright(lying)
+    assert (upright.box is None) != crop and (seen.shape[-2:] == lying.shape[-2:]) != crop
+    again = upright.put_back(seen, pose, lying)
+    assert again.shape == lying.shape and (again - lying)[..., 12:52, 12:52].abs().mean() < 0.01
+    outside = upright.put_back(torch.zeros_like(seen), pose, torch.full_like(lying, 7))
+    assert (outside.amax() == 7) == crop and outside.amin() == 0
+
+
+def test_a_box_has_the_pixels_of_the_picture():
+    for box in ((0.9, 0.05), (0.8, 0.3), (0.7, 0.7), (1.0, 1.0)):
+        window = Upright(torch.ones(1, 1, 64, 64), box).window(256)
+        assert 1 <= window.zoom <= 2 and window.height % 32 == 0 == window.width % 32
+        assert window.height >= box[0] * 256 * window.zoom - 1e-6 and window.height * window.width <= 1.35 * 256**2
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -99,7 +135,9 @@ def test_training_finds_out(trained_on_screws, screws):
     learn, dataset, detector = trained_on_screws
     assert detector.config.data.pose == "turned" and isinstance(learn.dls.train_ds.dataset, UprightPictures)
     batch = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor).cpu()
-    again = detector.upright.find(batch)  # what training saw was upright already
+    assert batch.shape[-2:] == (128, 64)
+    upright = torch.nn.functional.pad(torch.nn.functional.avg_pool2d(batch, 2), (16, 16, 0, 0), mode="replicate")
+    again = detector.upright.find(upright)  # what training saw was upright already
     assert again[:, 0].abs().max() < math.radians(3)
     for pose in ("aligned", "turned"):
         dls = make_dls(make_config([*SMALL, f"data={screws}", f"data.pose={pose}"]))[2]
@@ -111,8 +149,14 @@ def test_maps_come_back_as_the_part_lay(trained_on_screws):
     x = dataset.batch(range(4))
     maps, scores, images = detector.maps_and_scores(x)
     pose = detector.upright.find(x)
-    upright_images = detector.raw_maps(x, pose)[0]
-    assert torch.allclose(images, turn_back(upright_images, pose), atol=1e-5)
+    seen, *raw = detector.raw_maps(x, pose)
+    window = detector.upright.window(64)
+    assert all(m.shape[-2:] == (128, 64) for m in (seen, *raw))
+    inside = turn_back(torch.ones_like(seen), pose, window) == 1
+    assert torch.allclose(images[inside], turn_back(seen, pose, window)[inside], atol=1e-5)
+    outside = turn_back(torch.ones_like(seen), pose, window) == 0
+    assert torch.equal(images[outside], x[outside])  # where nothing is looked at the picture is as it was
+    assert (maps.where(outside, torch.nan).nanmedian() <= maps.flatten(1).amin(1) + 1e-5).any()
     assert maps.shape == (4, 1, 64, 64) and (maps.flatten(1).amax(1) <= scores + 1e-4).all()
 
 
@@ -123,10 +167,31 @@ def test_a_saved_detector_turns_alike(trained_on_screws, tmp_path):
     a, b = detector.predict(dataset.batch([0]))[0], again.predict(dataset.batch([0]))[0]
     assert abs(a.score - b.score) < 0.01 and np.abs(a.anomaly_map - b.anomaly_map).max() < 0.01 * np.abs(a.anomaly_map).max()
     tensors = load_file(tmp_path / "run/weights.safetensors")
-    del tensors["upright.template"]
-    save_file(tensors, tmp_path / "run/weights.safetensors")
-    facts = json.loads((tmp_path / "run/detector.json").read_text())
-    facts["weights_sha256"] = hashlib.sha256((tmp_path / "run/weights.safetensors").read_bytes()).hexdigest()
-    (tmp_path / "run/detector.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="train again"):
-        Detector.load(tmp_path / "run")
+    for change in ({"upright.template": None}, {"upright.box": torch.tensor([0.5, 2.0])}, {"upright.box": torch.tensor([0.5, torch.nan])},
+                   {"upright.box": torch.tensor([0.5, 0.1])}, {"upright.box": torch.ones(3)}):
+        rewrite(tmp_path / "run", tensors | change)
+        with pytest.raises(InputError, match="train again"):
+            Detector.load(tmp_path / "run")
+
+
+def test_a_folder_from_before_there_was_a_box_sees_the_whole_picture(screws, tmp_path):
+    from zipper_ad.learner import reference_indices, train_autoencoder
+
+    config = make_config([*SMALL, f"data={screws}", "data.crop=false"])
+    learn, dataset, split = train_autoencoder(config)
+    normals, reference = dataset.batch(split.calibration), dataset.batch(reference_indices(split))
+    detector = Detector.fit(learn, normals, config, reference, upright=learn.dls.upright)
+    detector.save(tmp_path / "run")
+    assert "upright.box" not in load_file(tmp_path / "run/weights.safetensors")
+    again = Detector.load(tmp_path / "run")
+    x = dataset.batch([0])
+    assert again.upright.box is None and again.raw_maps(x)[0].shape == x.shape
+    assert abs(detector.predict(x)[0].score - again.predict(x)[0].score) < 0.01
+
+
+def rewrite(run, tensors):
+    "Weights that fit their folder's checksum; None leaves one out."
+    save_file({k: v for k, v in tensors.items() if v is not None}, run / "weights.safetensors")
+    facts = json.loads((run / "detector.json").read_text())
+    facts["weights_sha256"] = hashlib.sha256((run / "weights.safetensors").read_bytes()).hexdigest()
+    (run / "detector.json").write_text(json.dumps(facts))

@@ -45,6 +45,7 @@ SMALL = ["data.size=128", "train.epochs=60"]  # a quarter of the pixels: to comp
 RESCORED = ("default", "uncalibrated", "pool_topk", "pool_mean", "no_smoothing", "smoothing_8")
 RETRAINED = ("only_mse", "only_l1", "only_ssim", "only_msgms", "no_skip", "latent_32", "latent_512", "size_64",
              "control", "discrepancy", "error_maps_only")
+CONTROL_EPOCHS = (170, 320)  # of preset=realtime: as many minutes as CNN, ResNet and diffusion take for theirs, and as ViT takes
 DRAWN = {  # what is rendered: the scene, and what differs from the set that the demo uses
     "zippers": {"scene": "zipper"}, "screws": {"scene": "screw"},
     "zippers-large": {"scene": "zipper", "seed": 2000, "n_train": 0, "n_good": 600, "n_test": 200},
@@ -57,6 +58,7 @@ def rows() -> dict[str, dict]:
     "Name of each row: its data and its settings."
     table = {f"main-{f}-{d}-seed0": (d, [f"model={f}"]) for d in ("photographs", "zippers") for f in FAMILIES}
     table["main-cnn-screws-seed0"] = ("screws", ["model=cnn"])
+    table["realtime-cnn-screws-seed0"] = ("screws", ["model=cnn", "preset=realtime"])
     table |= {f"main-{f}-{d}-seed{s}": (d, [f"model={f}", f"seed={s}"])
               for s in (1, 2) for d in ("photographs", "zippers") for f in FAMILIES}
     for d in ("zippers", "photographs"):
@@ -79,6 +81,10 @@ def rows() -> dict[str, dict]:
     for s in (0, 1, 2):
         table |= {f"ablation-{e}-zippers-seed{s}": ("zippers", ["model=cnn", f"seed={s}", "train.precision=fp32", f"experiment={e}",
                                                                 *(SMALL[1:] if e.startswith("size_") else SMALL)]) for e in RETRAINED}
+    table |= {f"equal-{f}-discrepancy-zippers-seed0": ("zippers", [f"model={f}", "preset=realtime", "model.head=discrepancy"])
+              for f in FAMILIES}
+    table |= {f"equal-control-{n}-zippers-seed0": ("zippers", ["model=cnn", "preset=realtime", "model.head=image", "score.map=damage",
+                                                                f"train.epochs={n}", f"train.patience={n // 2}"]) for n in CONTROL_EPOCHS}
     ready = {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
     ready |= {f"ablation-{e}-zippers-seed{s}": {"data": "zippers", "experiment": e, "rescores": f"precision-cnn-fp32-zippers-seed{s}"}
               for s in (0, 1, 2) for e in RESCORED}
@@ -87,8 +93,11 @@ def rows() -> dict[str, dict]:
     judged = {f"realtime-{f}-zippers-seed{s}": "default" for s in (0, 1, 2) for f in FAMILIES}
     judged |= {f"main-{f}-zippers-seed0": "default" for f in FAMILIES}
     judged |= {f"ablation-{e}-zippers-seed{s}": e if e in RESCORED else "default" for s in (0, 1, 2) for e in (*RESCORED, *RETRAINED)}
+    judged |= {name: "default" for name in table if name.startswith("equal-")}
     for name, e in judged.items():
         ready[f"large-{name}"] = {"data": "zippers-large", "experiment": e, "rescores": ready[name].get("rescores", name)}
+    ready |= {f"large-equal-{f}-error_maps-zippers-seed0": {"data": "zippers-large", "experiment": "error_maps",
+                                                            "rescores": f"realtime-{f}-zippers-seed0"} for f in FAMILIES}
     ready |= {f"promise-realtime-{f}-zippers-seed{s}": {"data": "zippers-good", "promises": f"realtime-{f}-zippers-seed{s}"}
               for s in (0, 1, 2) for f in FAMILIES}
     for d in ("photographs", "zippers"):

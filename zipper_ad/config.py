@@ -41,6 +41,7 @@ class DataConfig:
     flip_horizontal: float = 0.5  # chance of a mirror image, left to right
     flip_vertical: float = 0.5  # chance of a mirror image, top to bottom
     pose: str = "auto"  # how the parts lie: aligned, turned (at any angle), or auto: the pictures tell
+    crop: bool = True  # of parts that are turned, see only the box that they fill, from closer
     shift: float = 0.02  # largest shift, as a fraction of the side
     brightness: float = 0.03  # largest change of brightness, in grey levels of [0,1]
     contrast: float = 0.1  # largest relative change of contrast

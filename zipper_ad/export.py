@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'PASSING', 'PRECISIONS', 'grey', 'resize_matrix', 'resize_rows', 'Preprocess', 'fold_norms', 'Banded',
-           'Calibration', 'DetectorGraph', 'describe_export', 'record_graph', 'to_onnx', 'layers_of', 'fake_round',
-           'sensitivity', 'rank_agreement', 'quantize_onnx', 'search_layers', 'quantize_openvino', 'export_path',
-           'export_detector']
+           'banded', 'Calibration', 'DetectorGraph', 'describe_export', 'record_graph', 'to_onnx', 'layers_of',
+           'fake_round', 'sensitivity', 'rank_agreement', 'quantize_onnx', 'search_layers', 'quantize_openvino',
+           'export_path', 'export_detector']
 
 # %% ../nbs/44_export.ipynb #e580813f
 import ast
@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -31,10 +32,10 @@ from torch import nn
 from . import __version__
 from .core import InputError, atomic_path
 from .corrupt import probe
-from .detector import Detector, witnesses
+from .detector import Detector, seen_size, witnesses
 from .losses import _gaussian_band, ssim_error
 from .picture import EXPORT_FORMAT, OUTPUTS, SIDES, SUFFIXES, need
-from .pose import search_poses, turn, turn_back
+from .pose import search_poses
 from .score import _gaussian_matrix, enlarge, error_map, fuse, pool, smooth
 
 logger = logging.getLogger(__name__)
@@ -118,24 +119,42 @@ def fold_norms(
 
 # %% ../nbs/44_export.ipynb #9d29e7d1
 class Banded(nn.Module):
-    "Rows and columns of square maps (…,S,S) multiplied by a band matrix, in blocks that leave its zeros out."
+    "Rows and columns of maps (…,H,W) multiplied by band matrices, in blocks that leave their zeros out."
 
     def __init__(
         self,
-        matrix: torch.Tensor,  # (S,S), zero away from its diagonal
+        down: torch.Tensor,  # (H,H), zero away from its diagonal
+        across: torch.Tensor | None = None,  # (W,W) likewise; None: the same, for square maps
         block: int = 32,  # rows at a time
     ):
         super().__init__()
-        self.used = []
-        for i, part in enumerate(matrix.split(block)):
-            low, high = (columns := part.any(0).nonzero()).min().item(), columns.max().item() + 1
-            self.used.append((low, high))
-            self.register_buffer(f"part{i}", part[:, low:high].clone())
+        self.used = {}
+        for name, matrix in (("down", down), ("across", across)):
+            for i, part in enumerate(() if matrix is None else matrix.split(block)):
+                low, high = (columns := part.any(0).nonzero()).min().item(), columns.max().item() + 1
+                self.used.setdefault(name, []).append((low, high))
+                self.register_buffer(f"{name}{i}", part[:, low:high].clone())
+
+    def parts(self, name):
+        return [(getattr(self, f"{name}{i}"), low, high) for i, (low, high) in enumerate(self.used[name])]
 
     def forward(self, x):
-        parts = [(getattr(self, f"part{i}"), low, high) for i, (low, high) in enumerate(self.used)]
-        x = torch.cat([part @ x[..., low:high, :] for part, low, high in parts], -2)
-        return torch.cat([x[..., low:high] @ part.T for part, low, high in parts], -1)
+        across = self.parts("across" if "across" in self.used else "down")
+        x = torch.cat([part @ x[..., low:high, :] for part, low, high in self.parts("down")], -2)
+        return torch.cat([x[..., low:high] @ part.T for part, low, high in across], -1)
+
+
+def banded(
+    matrix,  # function of a number of pixels n that gives the matrix (n,n)
+    size: tuple[int, int],  # height and width of the maps
+) -> Banded:
+    "The filter for maps of that size, one set of blocks where they are square."
+    h, w = size
+    return Banded(matrix(h), None if h == w else matrix(w))
+
+# %% ../nbs/44_export.ipynb #0d452ea1
+def _ssim_window(n):
+    return _gaussian_band(n, 11, 1.5, 1, "cpu")
 
 # %% ../nbs/44_export.ipynb #5ce4711f
 class Calibration(nn.Module):
@@ -168,12 +187,14 @@ class DetectorGraph(nn.Module):
         self.score, self.threshold = config.score, detector.threshold.value
         self.preprocess = Preprocess(config.data.size, config.data.channels, resize)
         self.network = fold_norms(copy.deepcopy(detector.model).cpu().eval())
-        side, sigma = config.data.size, config.score.sigma
-        self.window = Banded(_gaussian_band(side, 11, 1.5, 1, "cpu"))
-        side //= self.score.stride
-        self.smooth = Banded(torch.from_numpy(_gaussian_matrix(side, sigma * side / 256))) if sigma else nn.Identity()
+        size = seen_size(config, detector.upright)
+        self.window = banded(_ssim_window, size)
+        size = tuple(n // self.score.stride for n in size)
+        sigma = config.score.sigma * math.sqrt(size[0] * size[1]) / 256
+        self.smooth = banded(lambda n: torch.from_numpy(_gaussian_matrix(n, sigma)), size) if sigma else nn.Identity()
         self.locations = nn.ModuleDict({k: Calibration(v) for k, v in detector.locations.items()})
-        self.register_buffer("template", None if detector.upright is None else detector.upright.shifted().cpu())
+        self.upright = detector.upright
+        self.register_buffer("template", self.upright and self.upright.shifted().cpu())
         self.register_buffer("calibration_scores", torch.tensor(detector.calibration_scores, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
@@ -182,10 +203,12 @@ class DetectorGraph(nn.Module):
 def forward(self: DetectorGraph, image):
     x, pose = self.preprocess(image), None
     if self.template is not None:
-        x = turn(x, pose := search_poses(x, self.template))
+        pictures, pose = x, search_poses(x, self.template)
+        x = self.upright.look(x, pose)
     fused = enlarge(fuse(*witnesses(self.maps(x))), self.score.stride)
     score = pool(fused, self.score.pool, self.score.topk)
-    fused = fused if pose is None else turn_back(fused, pose)
+    if pose is not None:
+        fused = self.upright.put_back(fused, pose, fused.amin((1, 2, 3), keepdim=True).expand(-1, 1, *pictures.shape[-2:]))
     as_high = (self.calibration_scores >= score[:, None]).sum(1)
     return score, (1 + as_high) / (len(self.calibration_scores) + 1), score > self.threshold, fused[:, 0]
 

@@ -254,7 +254,7 @@ def learn_upright(
     if config.data.pose == "auto":
         config.data.pose, ratio = find_pose(some)
         logger.info("the parts are taken to be %s (data.pose): a turned one is %.1f times as far from the next", config.data.pose, ratio)
-    return Upright().fit(some) if config.data.pose == "turned" else None
+    return Upright().fit(some, crop=config.data.crop) if config.data.pose == "turned" else None
 
 # %% ../nbs/20_learner.ipynb #60996011
 def make_dls(

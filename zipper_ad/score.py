@@ -55,7 +55,7 @@ def _gaussian_matrix(n: int, sigma: float) -> np.ndarray:
 # %% ../nbs/30_score.ipynb #0f14ac55
 def smooth(
     maps: torch.Tensor,  # (B,1,H,W)
-    sigma: float = 4.0,  # standard deviation of the Gaussian in pixels of a map 256 wide (scaled by W / 256); 0 changes nothing
+    sigma: float = 4.0,  # standard deviation of the Gaussian in pixels of a map of 256 × 256 (scaled by √(HW) / 256); 0 changes nothing
     stride: int = 1,  # first take means of stride × stride pixels; must divide H and W
 ) -> torch.Tensor:
     "The maps, smoothed by a Gaussian; (B,1,H/stride,W/stride), on their device."
@@ -68,7 +68,7 @@ def smooth(
     if sigma == 0:
         return maps
     h, w = maps.shape[-2:]
-    rows, columns = (torch.from_numpy(_gaussian_matrix(n, sigma * w / 256)).to(maps) for n in (h, w))
+    rows, columns = (torch.from_numpy(_gaussian_matrix(n, sigma * math.sqrt(h * w) / 256)).to(maps) for n in (h, w))
     return rows @ maps @ columns.T
 
 # %% ../nbs/30_score.ipynb #0df4d217
