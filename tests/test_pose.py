@@ -189,6 +189,28 @@ def test_a_folder_from_before_there_was_a_box_sees_the_whole_picture(screws, tmp
     assert abs(detector.predict(x)[0].score - again.predict(x)[0].score) < 0.01
 
 
+FAMILIES = {
+    "resnet": ["model.width=8", "model.latent=8"],
+    "vit": ["model.width=32", "model.heads=2", "model.blocks=1", "model.decoder_width=32"],
+    "diffusion": ["model.widths=[8,16]"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_sees_a_box_that_is_not_square(family, screws, tmp_path):
+    from zipper_ad.learner import reference_indices, train_autoencoder
+
+    about = [f"model={family}", *FAMILIES[family], "model.head_widths=[4,8]", "train.epochs=1", "data.size=64", f"data={screws}"]
+    config = make_config([*about, "train.precision=fp32", "data.pose=turned", "train.device=cpu"])
+    learn, dataset, split = train_autoencoder(config)
+    assert learn.dls.valid.one_batch()[0].shape[-2:] == (128, 64)
+    normals, reference = dataset.batch(split.calibration), dataset.batch(reference_indices(split))
+    detector = Detector.fit(learn, normals, config, reference, upright=learn.dls.upright)
+    detector.save(tmp_path)
+    verdict = Detector.load(tmp_path).predict(dataset.batch([0]))[0]
+    assert verdict.anomaly_map.shape == verdict.reconstruction.shape == (64, 64) and np.isfinite(verdict.score)
+
+
 def rewrite(run, tensors):
     "Weights that fit their folder's checksum; None leaves one out."
     save_file({k: v for k, v in tensors.items() if v is not None}, run / "weights.safetensors")

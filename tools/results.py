@@ -15,8 +15,11 @@ nothing but the seed, the mean of each figure with Student's interval for it.
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
 pictures; `damage` leaves one kind of damage out at a time; `realtime` is the table of families with that preset;
+`equal` compares, at equal minutes of training, what the damage head is shown: both pictures, only what differs (`discrepancy`),
+or the picture without any reconstruction (`control`, for more epochs); `large-equal-FAMILY-error_maps` uses no damage map at all;
+`whole` sees all of the picture of a turned part, not only the box around it;
 `precision` trains the same in fp32 and in bf16; `exported` compares the files exported from the `realtime` rows with the detectors;
-`large-ROW` judges what another row trained on a larger set of rendered zippers, 600 good and 200 of each kind, drawn from a seed that
+`large-ROW` judges what another row trained on a larger set of rendered zippers or screws, 600 good and 200 of each kind, drawn from a seed that
 nothing else uses: its intervals are a third as wide, and nothing was ever chosen in view of it. `promise-ROW` sets the threshold of what
 ROW trained anew, by 300 other good pictures instead of 24, and counts on the larger set, whose scores must be there: what is found at
 5 % and at 1 % of false alarms?
@@ -49,9 +52,15 @@ CONTROL_EPOCHS = (170, 320)  # of preset=realtime: as many minutes as CNN, ResNe
 DRAWN = {  # what is rendered: the scene, and what differs from the set that the demo uses
     "zippers": {"scene": "zipper"}, "screws": {"scene": "screw"},
     "zippers-large": {"scene": "zipper", "seed": 2000, "n_train": 0, "n_good": 600, "n_test": 200},
+    "screws-large": {"scene": "screw", "seed": 2002, "n_train": 0, "n_good": 600, "n_test": 200},
     "zippers-good": {"scene": "zipper", "seed": 2001, "n_train": 300, "n_good": 0, "n_test": 0},
 }
 ALONE = {"reconstruction": "l2+ssim+msgms"} | {k: k for k in ("damage", "l2", "ssim", "msgms")}
+
+
+def seed(s: int) -> list[str]:
+    "The setting, where it is not the default."
+    return [f"seed={s}"] if s else []
 
 
 def rows() -> dict[str, dict]:
@@ -59,6 +68,7 @@ def rows() -> dict[str, dict]:
     table = {f"main-{f}-{d}-seed0": (d, [f"model={f}"]) for d in ("photographs", "zippers") for f in FAMILIES}
     table["main-cnn-screws-seed0"] = ("screws", ["model=cnn"])
     table["realtime-cnn-screws-seed0"] = ("screws", ["model=cnn", "preset=realtime"])
+    table["whole-cnn-screws-seed0"] = ("screws", ["model=cnn", "preset=realtime", "data.crop=false"])
     table |= {f"main-{f}-{d}-seed{s}": (d, [f"model={f}", f"seed={s}"])
               for s in (1, 2) for d in ("photographs", "zippers") for f in FAMILIES}
     for d in ("zippers", "photographs"):
@@ -74,7 +84,7 @@ def rows() -> dict[str, dict]:
     for kind in ALIGNED:
         others = "{" + ", ".join(f"{k}: {w}" for k, w in ALIGNED.items() if k != kind) + "}"
         table[f"damage-without-{kind}-zippers"] = ("zippers", ["model=cnn", f"damage.kinds={others}", *SMALL])
-    table |= {f"realtime-{f}-{d}-seed{s}": (d, [f"model={f}", "preset=realtime", *([f"seed={s}"] if s else [])])
+    table |= {f"realtime-{f}-{d}-seed{s}": (d, [f"model={f}", "preset=realtime", *seed(s)])
               for s in (0, 1, 2) for d in ("zippers", "photographs") for f in FAMILIES}
     table |= {f"precision-cnn-{p}-zippers-seed{s}": ("zippers", ["model=cnn", f"seed={s}", f"train.precision={p}", *SMALL])
               for s in (0, 1, 2) for p in ("fp32", "bf16")}
@@ -83,8 +93,9 @@ def rows() -> dict[str, dict]:
                                                                 *(SMALL[1:] if e.startswith("size_") else SMALL)]) for e in RETRAINED}
     table |= {f"equal-{f}-discrepancy-zippers-seed0": ("zippers", [f"model={f}", "preset=realtime", "model.head=discrepancy"])
               for f in FAMILIES}
-    table |= {f"equal-control-{n}-zippers-seed0": ("zippers", ["model=cnn", "preset=realtime", "model.head=image", "score.map=damage",
-                                                                f"train.epochs={n}", f"train.patience={n // 2}"]) for n in CONTROL_EPOCHS}
+    table |= {f"equal-control-{n}-zippers-seed{s}": ("zippers", ["model=cnn", "preset=realtime", "model.head=image", "score.map=damage",
+                                                                 f"train.epochs={n}", f"train.patience={n // 2}", *seed(s)])
+              for s in (0, 1, 2) for n in CONTROL_EPOCHS}
     ready = {name: {"data": data, "settings": settings} for name, (data, settings) in table.items()}
     ready |= {f"ablation-{e}-zippers-seed{s}": {"data": "zippers", "experiment": e, "rescores": f"precision-cnn-fp32-zippers-seed{s}"}
               for s in (0, 1, 2) for e in RESCORED}
@@ -93,9 +104,10 @@ def rows() -> dict[str, dict]:
     judged = {f"realtime-{f}-zippers-seed{s}": "default" for s in (0, 1, 2) for f in FAMILIES}
     judged |= {f"main-{f}-zippers-seed0": "default" for f in FAMILIES}
     judged |= {f"ablation-{e}-zippers-seed{s}": e if e in RESCORED else "default" for s in (0, 1, 2) for e in (*RESCORED, *RETRAINED)}
-    judged |= {name: "default" for name in table if name.startswith("equal-")}
+    judged |= {name: "default" for name in table if name.startswith("equal-") or "-screws-" in name}
     for name, e in judged.items():
-        ready[f"large-{name}"] = {"data": "zippers-large", "experiment": e, "rescores": ready[name].get("rescores", name)}
+        larger = "screws-large" if "-screws-" in name else "zippers-large"
+        ready[f"large-{name}"] = {"data": larger, "experiment": e, "rescores": ready[name].get("rescores", name)}
     ready |= {f"large-equal-{f}-error_maps-zippers-seed0": {"data": "zippers-large", "experiment": "error_maps",
                                                             "rescores": f"realtime-{f}-zippers-seed0"} for f in FAMILIES}
     ready |= {f"promise-realtime-{f}-zippers-seed{s}": {"data": "zippers-good", "promises": f"realtime-{f}-zippers-seed{s}"}
