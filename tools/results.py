@@ -19,10 +19,10 @@ pictures; `damage` leaves one kind of damage out at a time; `realtime` is the ta
 or the picture without any reconstruction (`control`, for more epochs); `large-equal-FAMILY-error_maps` uses no damage map at all;
 `whole` sees all of the picture of a turned part, not only the box around it;
 `precision` trains the same in fp32 and in bf16; `exported` compares the files exported from the `realtime` rows with the detectors;
-`large-ROW` judges what another row trained on a larger set of rendered zippers or screws, 600 good and 200 of each kind, drawn from a seed that
-nothing else uses: its intervals are a third as wide, and nothing was ever chosen in view of it. `promise-ROW` sets the threshold of what
-ROW trained anew, by 300 other good pictures instead of 24, and counts on the larger set, whose scores must be there: what is found at
-5 % and at 1 % of false alarms?
+`large-ROW` judges what another row trained on a larger set of rendered zippers or screws, 600 good and 200 of each kind, drawn from
+a seed that nothing else uses: its intervals are a third as wide, and nothing was ever chosen in view of it. `promise-ROW` sets the
+threshold of what ROW trained anew, by 300 other good pictures instead of 24, and counts on the larger set, whose scores must be there:
+what is found at 5 % and at 1 % of false alarms?
 
 `ablation-NAME-zippers-seedS` changes what `experiment=NAME` says and nothing else. Its baseline is `precision-cnn-fp32-zippers-seedS`, a
 CNN at 128 x 128 pixels trained for 60 epochs; the groups `damage` and `head` have those without a kind of damage or without the damage

@@ -230,11 +230,13 @@ def _measured(metrics: dict) -> list[str]:
 # %% ../nbs/63_care.ipynb #88fc97b1
 def _origin(facts: dict, config: Config, record: dict, again: dict) -> list[str]:
     "Lines on what it was trained on, and on its threshold."
+    boxed = facts["config"]["data"].get("crop", False)  # older detectors see all of the picture
     t, images, d, session = facts["threshold"], record.get("images", {}), config.data, (record.get("sessions") or [{}])[-1]
     trained = {
         "folder": d.root, "good photographs trained on": images.get("train"), "held out, to choose the epoch": images.get("valid"),
         "fingerprint of the photographs trained on": facts.get("data_fingerprint"),
-        "seen as": f"{d.size} × {d.size} pixels, {'grey' if d.channels == 1 else 'colour'}", "parts lie": d.pose,
+        "seen as": f"{d.size} × {d.size} pixels, {'grey' if d.channels == 1 else 'colour'}",
+        "parts lie": d.pose + (", only the box that they fill is looked at" if d.pose == "turned" and boxed else ""),
         "epochs": record.get("epochs"), "parameters": record.get("parameters"), "begun": session.get("started"),
         "on": session.get("system"),
     }  # fmt: skip

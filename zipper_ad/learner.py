@@ -254,7 +254,13 @@ def learn_upright(
     if config.data.pose == "auto":
         config.data.pose, ratio = find_pose(some)
         logger.info("the parts are taken to be %s (data.pose): a turned one is %.1f times as far from the next", config.data.pose, ratio)
-    return Upright().fit(some, crop=config.data.crop) if config.data.pose == "turned" else None
+    if config.data.pose != "turned":
+        return None
+    upright = Upright().fit(some, crop=config.data.crop)
+    if window := upright.window(config.data.size):
+        logger.info("only the box that parts fill is looked at (data.crop): %d × %d pixels, enlarged %.1f times",
+                    window.height, window.width, window.zoom)
+    return upright
 
 # %% ../nbs/20_learner.ipynb #60996011
 def make_dls(

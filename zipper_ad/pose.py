@@ -157,6 +157,8 @@ def search_poses(
     return pose
 
 
+
+# %% ../nbs/06_pose.ipynb #8809f28b
 @patch
 def shifted(
     self: Upright,
@@ -237,7 +239,7 @@ def window(
     zoom = min(2.0, 1 / math.sqrt(self.box[0] * self.box[1]))
     return Window(side, *(32 * math.ceil(b * side * zoom / 32) for b in self.box), zoom)
 
-
+# %% ../nbs/06_pose.ipynb #9a5a40a3
 @patch
 def look(
     self: Upright,
@@ -248,6 +250,16 @@ def look(
     return turn(images, pose, self.window(images.shape[-1]))
 
 
+@patch
+def __call__(
+    self: Upright,
+    images: torch.Tensor,  # (B,C,S,S) in [0,1]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "The parts upright (B,C,height,width), and the poses (B,3) that `put_back` needs."
+    pose = self.find(images)
+    return self.look(images, pose), pose
+
+# %% ../nbs/06_pose.ipynb #4022842c
 @patch
 def put_back(
     self: Upright,
@@ -261,16 +273,6 @@ def put_back(
         return turn_back(seen, pose)
     inside = turn_back(torch.cat([seen, torch.ones_like(seen[:, :1])], 1), pose, window)
     return inside[:, :-1] + (1 - inside[:, -1:]) * around
-
-
-@patch
-def __call__(
-    self: Upright,
-    images: torch.Tensor,  # (B,C,S,S) in [0,1]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "The parts upright (B,C,height,width), and the poses (B,3) that `put_back` needs."
-    pose = self.find(images)
-    return self.look(images, pose), pose
 
 # %% ../nbs/06_pose.ipynb #c82b1717
 class UprightPictures:
