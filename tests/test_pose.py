@@ -89,6 +89,23 @@ def test_what_was_seen_is_put_back(crop):
     assert (outside.amax() == 7) == crop and outside.amin() == 0
 
 
+def test_what_lies_beside_the_part_does_not_count():
+    lying = turn(parts(24), poses(24))
+    upright = Upright().fit(lying)
+    seen, pose = upright(lying)
+    maps = torch.rand(24, 1, *seen.shape[-2:], generator=seeded())
+    maps[..., 48, 32], maps[..., 4, 4] = 7, 9  # on the part, and on the ground in a corner of the box
+    counted = upright.on_part(maps, 64)
+    assert (counted.amax((1, 2, 3)) == 7).all() and (counted.amin((1, 2, 3)) == maps.amin((1, 2, 3))).all()
+    body = seen > 0.6  # nearly all of the bright wedge is within the outline
+    assert (counted == maps)[body].float().mean() > 0.99
+    half = upright.on_part(torch.nn.functional.max_pool2d(maps, 2), 64)  # maps with a stride see the same outline
+    inside = lambda m: (m > m.amin((1, 2, 3), keepdim=True)).float()  # noqa: E731
+    assert (inside(half) - torch.nn.functional.max_pool2d(inside(counted), 2)).abs().mean() < 0.1
+    whole = Upright().fit(lying, crop=False)
+    assert whole.outline is None and torch.equal(whole.on_part(maps, 64), maps)
+
+
 def test_a_box_has_the_pixels_of_the_picture():
     for box in ((0.9, 0.05), (0.8, 0.3), (0.7, 0.7), (1.0, 1.0)):
         window = Upright(torch.ones(1, 1, 64, 64), box).window(256)
@@ -168,7 +185,8 @@ def test_a_saved_detector_turns_alike(trained_on_screws, tmp_path):
     assert abs(a.score - b.score) < 0.01 and np.abs(a.anomaly_map - b.anomaly_map).max() < 0.01 * np.abs(a.anomaly_map).max()
     tensors = load_file(tmp_path / "run/weights.safetensors")
     for change in ({"upright.template": None}, {"upright.box": torch.tensor([0.5, 2.0])}, {"upright.box": torch.tensor([0.5, torch.nan])},
-                   {"upright.box": torch.tensor([0.5, 0.1])}, {"upright.box": torch.ones(3)}):
+                   {"upright.box": torch.tensor([0.5, 0.1])}, {"upright.box": torch.ones(3)},
+                   {"upright.outline": torch.ones(3)}, {"upright.outline": None}):
         rewrite(tmp_path / "run", tensors | change)
         with pytest.raises(InputError, match="train again"):
             Detector.load(tmp_path / "run")

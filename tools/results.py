@@ -202,12 +202,15 @@ def measure(run: Path, data: Path) -> dict:
                  for i in batches(indices)]
         return dict(zip(kinds, (torch.cat(m) for m in zip(*parts, strict=True)), strict=True))
 
+    def counted(fused):
+        return detector.upright.on_part(fused, detector.config.data.size) if detector.upright else fused
+
     held_out, tested = surprises(normal, calibration), surprises(test, range(len(test)))
     alone = {}
     for name, wanted in ALONE.items():
         if not all(k in kinds for k in wanted.split("+")):
             continue
-        good, maps = (fuse(*witnesses({k: m[k] for k in wanted.split("+")})) for m in (held_out, tested))
+        good, maps = (counted(fuse(*witnesses({k: m[k] for k in wanted.split("+")}))) for m in (held_out, tested))
         facts = {}
         for rate in (0.05, 0.01):
             threshold = threshold_of(pool(good), rate)
@@ -221,13 +224,13 @@ def measure(run: Path, data: Path) -> dict:
                           "pixel_auroc": pixel.get("auroc"), "aupro": pixel.get("aupro"),
                           "per_defect": {k: v["auroc"] for k, v in figures["per_defect"].items()}}
         alone[name] = facts
-    strict = threshold_of(pool(fuse(*witnesses(held_out))), 0.01)
-    scores = pool(fuse(*witnesses(tested))).numpy()
+    strict = threshold_of(pool(counted(fuse(*witnesses(held_out)))), 0.01)
+    scores = pool(counted(fuse(*witnesses(tested)))).numpy()
     labels = np.asarray(test.labels, bool)
     metrics["at_1_percent"] = {"promised_fpr": strict.promised_fpr, "recall": float((scores[labels] > strict.value).mean()),
                                "observed_fpr": float((scores[~labels] > strict.value).mean())}
     for name, fused in (("mean of all", torch.stack(list(tested.values())).mean(0)), ("largest of all", fuse(list(tested.values())))):
-        alone[name] = {"image_auroc": float(roc_auc_score(labels, pool(fused).numpy()))}
+        alone[name] = {"image_auroc": float(roc_auc_score(labels, pool(counted(fused)).numpy()))}
     return metrics | {"maps_alone": alone, "calibration_scores": [float(f"{s:.7g}") for s in np.sort(detector.calibration_scores)],
                       "scores": scores_of(verdicts, data)}
 

@@ -76,7 +76,8 @@ def detector_key(
     tensors = dict(detector.model.state_dict())
     if detector.upright:
         tensors["upright"] = detector.upright.template
-        tensors |= {"box": torch.tensor(detector.upright.box)} if detector.upright.box else {}
+        if detector.upright.box:
+            tensors |= {"box": torch.tensor(detector.upright.box), "outline": detector.upright.outline}
     for kind, location in detector.locations.items():
         tensors |= {f"{kind}.{k}": torch.as_tensor(v) for k, v in location.state_dict().items()}
     facts = asdict(detector.config), asdict(detector.threshold), detector.pixel_threshold, detector.map_scale

@@ -126,6 +126,7 @@ def maps_and_scores(
     images, *maps = self.raw_maps(x, pose)
     judged = {k: self.locations[k](m) if self.locations else m for k, m in zip(self.map_kinds, maps, strict=True)}
     fused = enlarge(fuse(*witnesses(judged)), self.config.score.stride)
+    fused = self.upright.on_part(fused, x.shape[-1]) if self.upright else fused
     scores = pool(fused, self.config.score.pool, self.config.score.topk)
     if self.upright:
         nothing = fused.amin((1, 2, 3), keepdim=True).expand(-1, 1, *x.shape[-2:])
@@ -295,7 +296,8 @@ def save(
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
     if self.upright:
         tensors["upright.template"] = self.upright.template.cpu().contiguous()
-        tensors |= {"upright.box": torch.tensor(self.upright.box)} if self.upright.box else {}
+        if self.upright.box:
+            tensors |= {"upright.box": torch.tensor(self.upright.box), "upright.outline": self.upright.outline.cpu().contiguous()}
     for kind, location in self.locations.items():
         tensors |= {f"location.{kind}.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in location.state_dict().items()}
     with atomic_path(folder / "weights.safetensors") as temporary:
@@ -352,14 +354,14 @@ def _location(tensors, kind) -> dict[str, np.ndarray]:
     return {k: tensors[name].numpy() for k, name in keys.items() if name in tensors or k != "limit"}  # older folders have no limit
 
 
-def _box(tensors) -> tuple[float, float] | None:
-    "What is looked at of turned parts; older folders have none, and see the whole picture. ValueError where it is none."
+def _box(tensors) -> tuple[tuple[float, float] | None, torch.Tensor | None]:
+    "Box and outline of turned parts; older folders have none, and see the whole picture. ValueError where they are none."
     if "upright.box" not in tensors:
-        return None
-    height, width = tensors["upright.box"].tolist()
-    if not (0 < height <= 1 and 0 < width <= 1):
-        raise ValueError(f"a box of {height:g} by {width:g} of the picture")
-    return height, width
+        return None, None
+    (height, width), outline = tensors["upright.box"].tolist(), tensors["upright.outline"]
+    if not (0 < height <= 1 and 0 < width <= 1) or outline.shape != tensors["upright.template"].shape:
+        raise ValueError(f"a box of {height:g} by {width:g} of the picture, with an outline of {tuple(outline.shape)}")
+    return (height, width), outline
 
 
 def _rebuild(cls, facts, tensors, device) -> Detector:
@@ -373,7 +375,7 @@ def _rebuild(cls, facts, tensors, device) -> Detector:
     model.load_state_dict(weights)
     self = cls(model, config, device)
     if config.data.pose == "turned":
-        self.upright = Upright(tensors["upright.template"], _box(tensors))
+        self.upright = Upright(tensors["upright.template"], *_box(tensors))
     if config.score.calibrate:
         self.locations = {k: LocationCalibration.from_state(_location(tensors, k)) for k in self.map_kinds}
         side = tuple(n // config.score.stride for n in seen_size(config, self.upright))

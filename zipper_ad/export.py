@@ -206,6 +206,7 @@ def forward(self: DetectorGraph, image):
         pictures, pose = x, search_poses(x, self.template)
         x = self.upright.look(x, pose)
     fused = enlarge(fuse(*witnesses(self.maps(x))), self.score.stride)
+    fused = fused if pose is None else self.upright.on_part(fused, self.preprocess.size)
     score = pool(fused, self.score.pool, self.score.topk)
     if pose is not None:
         fused = self.upright.put_back(fused, pose, fused.amin((1, 2, 3), keepdim=True).expand(-1, 1, *pictures.shape[-2:]))

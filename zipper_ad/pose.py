@@ -116,9 +116,10 @@ class Upright:
         self,
         template: torch.Tensor | None = None,  # (1,1,S,S), a mean of silhouettes; None: not fitted yet
         box: tuple[float, float] | None = None,  # height and width that parts fill, as fractions of the side; None: see the whole picture
+        outline: torch.Tensor | None = None,  # (1,1,S,S) of 0 and 1, like the template: where parts can be; None: everywhere
         farthest: float = 0.1,  # how far a part may be from its place, as a fraction of the side
     ):
-        self.template, self.box, self.farthest = template, box, farthest
+        self.template, self.box, self.outline, self.farthest = template, box, outline, farthest
 
 # %% ../nbs/06_pose.ipynb #61d93051
 def _summit(fits: torch.Tensor, place: torch.Tensor, side: int) -> list[torch.Tensor]:
@@ -202,6 +203,12 @@ def _around(shapes: torch.Tensor, margin: float = 0.02) -> tuple[torch.Tensor, t
     return middle, (min(1.0, (bottom - top) / n + 2 * margin), min(1.0, (right - left) / n + 2 * margin))
 
 # %% ../nbs/06_pose.ipynb #9444f270
+def _outline(shapes: torch.Tensor) -> torch.Tensor:
+    "Where upright silhouettes (N,1,S,S) can be, and one pixel beyond: (1,1,S,S) of 0 and 1."
+    often = shapes.quantile(0.95, 0, keepdim=True)
+    return F.max_pool2d((often > 0.5 * often.max()).float(), 3, 1, 1)
+
+# %% ../nbs/06_pose.ipynb #d3005848
 @patch
 def _average(self: Upright, images: torch.Tensor, shapes: torch.Tensor):
     "Make the mean of the silhouettes, turned to match the template, the template."
@@ -225,6 +232,7 @@ def fit(
         middle, self.box = _around(_warp(shapes, self.find(images), False, "bilinear"))
         self.template = _warp(self.template, middle, False, "bilinear")
         self._average(images, shapes)
+        self.outline = _outline(_warp(shapes, self.find(images), False, "bilinear"))
     return self
 
 # %% ../nbs/06_pose.ipynb #1bf6a3e3
@@ -249,7 +257,22 @@ def look(
     "The parts upright, and nothing but the box: (B,C,height,width) in [0,1]."
     return turn(images, pose, self.window(images.shape[-1]))
 
+# %% ../nbs/06_pose.ipynb #0006097c
+@patch
+def on_part(
+    self: Upright,
+    maps: torch.Tensor,  # (B,1,h,w): maps of what `look` returned, or smaller ones
+    side: int,  # of the pictures, in pixels
+) -> torch.Tensor:
+    "The maps, with the least value of each where no part can be."
+    if self.outline is None or self.box is None:
+        return maps
+    (h, w), seen, small = maps.shape[-2:], self.window(side), self.outline.shape[-1]
+    same = Window(small, h, w, seen.zoom * side / small * h / seen.height)  # the same view, of smaller pictures
+    outline = _warp(self.outline.to(maps), maps.new_zeros(1, 3), False, "bilinear", same)
+    return torch.where(outline > 0.5, maps, maps.amin((1, 2, 3), keepdim=True))
 
+# %% ../nbs/06_pose.ipynb #4aff0240
 @patch
 def __call__(
     self: Upright,
