@@ -1271,6 +1271,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'zipper_ad.pose._quantile': ('pose.html#_quantile', 'zipper_ad/pose.py'),
                                 'zipper_ad.pose._summit': ('pose.html#_summit', 'zipper_ad/pose.py'),
                                 'zipper_ad.pose._warp': ('pose.html#_warp', 'zipper_ad/pose.py'),
+                                'zipper_ad.pose._where': ('pose.html#_where', 'zipper_ad/pose.py'),
                                 'zipper_ad.pose.find_pose': ('pose.html#find_pose', 'zipper_ad/pose.py'),
                                 'zipper_ad.pose.search_poses': ('pose.html#search_poses', 'zipper_ad/pose.py'),
                                 'zipper_ad.pose.silhouette': ('pose.html#silhouette', 'zipper_ad/pose.py'),

@@ -98,7 +98,7 @@ def seen_size(
     window = upright and upright.window(config.data.size)
     return (window.height, window.width) if window else (config.data.size, config.data.size)
 
-
+# %% ../nbs/32_detector.ipynb #3bba0717
 @patch
 def raw_maps(
     self: Detector,
@@ -115,7 +115,7 @@ def raw_maps(
         maps = [restored.logit.sigmoid() if k == "damage" else error_map(x, restored.image, k) for k in self.map_kinds]
         return restored.image.float().cpu(), *(smooth(m.float(), score.sigma, score.stride).cpu() for m in maps)
 
-
+# %% ../nbs/32_detector.ipynb #26ff9dde
 @patch
 def maps_and_scores(
     self: Detector,

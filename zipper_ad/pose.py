@@ -193,10 +193,15 @@ def _long_axis(shape: torch.Tensor) -> torch.Tensor:
     return torch.stack([angle, cos * middle[1] - sin * middle[0], cos * middle[0] + sin * middle[1]])[None]
 
 # %% ../nbs/06_pose.ipynb #4038dad4
+def _where(shapes: torch.Tensor) -> torch.Tensor:
+    "Where at least one in twenty of upright silhouettes (N,1,S,S) is: (1,1,S,S), bool."
+    often = shapes.quantile(0.95, 0, keepdim=True)
+    return often > 0.5 * often.max()
+
+
 def _around(shapes: torch.Tensor, margin: float = 0.02) -> tuple[torch.Tensor, tuple[float, float]]:
     "The box around upright silhouettes (N,1,S,S): how far its middle is from the picture's, as a pose (1,3); height and width."
-    often = shapes[:, 0].quantile(0.95, 0)
-    part, n = often > 0.5 * often.max(), often.shape[-1]
+    part, n = _where(shapes)[0, 0], shapes.shape[-1]
     ends = [(found.min().item(), found.max().item() + 1) for d in (1, 0) if len(found := part.any(d).nonzero())]
     (top, bottom), (left, right) = ends if len(ends) == 2 else ((0, n), (0, n))
     middle = torch.tensor([[0, (top + bottom) / 2 / n - 0.5, (left + right) / 2 / n - 0.5]])
@@ -205,8 +210,7 @@ def _around(shapes: torch.Tensor, margin: float = 0.02) -> tuple[torch.Tensor, t
 # %% ../nbs/06_pose.ipynb #9444f270
 def _outline(shapes: torch.Tensor) -> torch.Tensor:
     "Where upright silhouettes (N,1,S,S) can be, and one pixel beyond: (1,1,S,S) of 0 and 1."
-    often = shapes.quantile(0.95, 0, keepdim=True)
-    return F.max_pool2d((often > 0.5 * often.max()).float(), 3, 1, 1)
+    return F.max_pool2d(_where(shapes).float(), 3, 1, 1)
 
 # %% ../nbs/06_pose.ipynb #d3005848
 @patch
@@ -223,7 +227,7 @@ def fit(
     rounds: int = 3,  # of matching and averaging
     crop: bool = True,  # look at the box around the part only, from closer
 ) -> Upright:
-    "Learn what is upright: the longest side of the part up, the end of the first one that is below below. Returns itself."
+    "Learn what is upright: the longest side of the part up, the way round that the first one lies. Returns itself."
     shapes = silhouette(images)
     self.template = _warp(shapes[:1], _long_axis(shapes[:1]), False, "bilinear")
     for _ in range(rounds):
@@ -265,7 +269,7 @@ def on_part(
     side: int,  # of the pictures, in pixels
 ) -> torch.Tensor:
     "The maps, with the least value of each where no part can be."
-    if self.outline is None or self.box is None:
+    if self.outline is None:
         return maps
     (h, w), seen, small = maps.shape[-2:], self.window(side), self.outline.shape[-1]
     same = Window(small, h, w, seen.zoom * side / small * h / seen.height)  # the same view, of smaller pictures
