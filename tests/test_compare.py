@@ -106,3 +106,22 @@ def test_broken_weights_are_one_line(detectors, trained):
         next(broken.model.parameters()).fill_(float("nan"))
     with pytest.raises(InputError, match="not finite. Is the model broken"):
         c.compare({"whole": detectors["large"], "broken": broken}, trained.data, n_bootstrap=0)
+
+
+def test_runs_that_differ_only_in_their_seed_are_taken_together(detectors, trained, tmp_path):
+    from zipper_ad.cli import main
+
+    settings = [x for x in trained.settings if not x.startswith(("data.size", "train.epochs"))]
+    for seed in (0, 1):
+        assert main(["train", f"data={trained.data}", f"out={tmp_path / f'tiny-seed{seed}'}", *settings, f"seed={seed}", "data.size=32",
+                     "train.epochs=1"]) == 0
+    runs = ",".join(str(p) for p in (tmp_path / "tiny-seed0", tmp_path / "tiny-seed1", trained.run))
+    assert main(["compare", f"runs=[{runs}]", f"data={trained.data}", f"out={tmp_path / 'out'}", "n=1"]) == 0
+    facts = json.loads((tmp_path / "out/compare.json").read_text())
+    (row,) = facts["trainings"]
+    assert row["detector"] == "tiny" and row["n"] == 2
+    assert row["aurocs"] == [facts["detectors"][f"tiny-seed{k}"]["image"]["auroc"] for k in (0, 1)]
+    assert facts["training_pairs"] == [] and (tmp_path / "out/figures/trainings.png").exists()
+    assert "Over several trainings" in (tmp_path / "out/compare.html").read_text()
+    again = c.compare({"large": detectors["large"], "same": Detector.load(trained.run)}, trained.data, n_bootstrap=0)
+    assert again.trainings() == {}  # one seed twice is one training

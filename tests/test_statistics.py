@@ -245,3 +245,77 @@ def test_paired_pixels_are_measured_at_the_size_of_the_masks():
     small, large = (rng.random((6, *size)) for size in ((8, 12), (24, 36)))
     enlarged = np.stack([at_size(m, (24, 36)) for m in small])
     assert s.paired_pixel_bootstrap(small, large, masks, n=30) == s.paired_pixel_bootstrap(enlarged, large, masks, n=30)
+
+
+def trainings(seed, r=3, n=None):
+    "Labels and, for two detectors, the scores of r trainings; every other one with many ties."
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat([0, 1], n or rng.integers(8, 40, 2)))
+    image = rng.normal(size=len(labels)) + labels
+    noise = lambda *shape: rng.normal(0, 0.5, (*shape, len(labels)))  # noqa: E731
+    both = [image + noise() + noise(r) + rng.uniform(0, 1, (r, 1)) * labels for _ in "ab"]
+    return labels, *((np.round(v, 1) if seed % 2 else v) for v in both)
+
+
+def covariances_by_counting(labels, scores):
+    "AUROCs and DeLong's covariance matrix from all m × n comparisons."
+    kernels = np.array([[[(x > y) + (x == y) / 2 for y in v[labels == 0]] for x in v[labels == 1]] for v in scores])
+    return kernels.mean((1, 2)), np.cov(kernels.mean(2)) / kernels.shape[1] + np.cov(kernels.mean(1)) / kernels.shape[2]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("paired", [False, True])
+def test_mrmc_is_the_anova_of_obuchowski_and_rockette(seed, paired):
+    "By their mean squares, F and Hillis' degrees of freedom: readers crossed with tests, or nested in them."
+    labels, a, b = trainings(seed)
+    r = len(a)
+    areas, c = covariances_by_counting(labels, [*a, *b])
+    table, off = areas.reshape(2, r), 1 - np.eye(r)
+    cov2 = ((c[:r, :r] + c[r:, r:]) * off).sum() / (2 * r * (r - 1))
+    cov3 = (c[:r, r:] * off).sum() / (r * (r - 1)) if paired else c[:r, r:].mean()
+    ms_t = r * table.mean(1).var(ddof=1)
+    if paired:
+        ms = ((table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()) ** 2).sum() / (r - 1)
+        df = (ms + r * max(cov2 - cov3, 0)) ** 2 / (ms**2 / (r - 1))
+    else:
+        within = table.var(1, ddof=1)
+        ms, df = within.mean(), (within.mean() + r * max(cov2 - cov3, 0)) ** 2 / ((within**2).sum() / 4 / (r - 1))
+    f = ms_t / (ms + r * max(cov2 - cov3, 0))
+    found = s.mrmc_test(labels, a, b, paired)
+    assert found["p_value"] == pytest.approx(stats.f.sf(f, 1, df), abs=1e-9) and found["df"] == pytest.approx(df, rel=1e-9)
+    assert found["difference"] == pytest.approx(table[0].mean() - table[1].mean(), abs=1e-12)
+    assert found["ci"][0] <= found["difference"] <= found["ci"][1] and (found["p_value"] < 0.05) == (found["ci"][0] * found["ci"][1] > 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mrmc_does_not_ask_for_the_order_of_trainings_or_the_scale_of_scores(seed):
+    labels, a, b = trainings(seed, r=4)
+    found = s.mrmc_test(labels, a, b)
+    other = s.mrmc_test(labels, 3 * a[::-1] - 7, np.exp(b[[2, 0, 3, 1]]))
+    assert all(np.allclose(found[k], other[k], atol=1e-12) for k in ("difference", "ci", "p_value", "df"))
+    swapped = s.mrmc_test(labels, b, a)
+    assert np.allclose(swapped["ci"], [-v for v in found["ci"][::-1]], atol=1e-12)
+    assert s.mrmc_interval(labels, a)["auroc"] == pytest.approx(np.mean([auroc(labels, v) for v in a]), abs=1e-12)
+
+
+def test_mrmc_is_never_surer_than_the_images_and_the_trainings_alone():
+    labels, a, _ = trainings(0, r=5, n=(60, 90))
+    width = lambda ci: ci[1] - ci[0]  # noqa: E731
+    both = s.mrmc_interval(labels, a)["ci"]
+    assert width(both) > width(s.across_seeds([auroc(labels, v) for v in a])["ci"])
+    assert 0 < both[0] < both[1] < 1
+
+
+def test_mrmc_with_a_class_missing_or_too_few_trainings():
+    labels, a, b = trainings(0)
+    assert s.mrmc_interval([0] * 4, [[1.0, 2, 3, 4]] * 2) == {"auroc": None, "ci": None, "df": None, "n": 2}
+    assert set(s.mrmc_test([0] * 4, [[1.0, 2, 3, 4]] * 2, [[1.0, 2, 3, 4]] * 2).values()) == {None}
+    with pytest.raises(InputError, match="1 training: what a training brings"):
+        s.mrmc_test(labels, a[:1], b)
+    with pytest.raises(InputError, match="not finite"):
+        s.mrmc_interval(labels, [a[0], a[1] * np.nan])
+    with pytest.raises(InputError, match="detector 'b': .*same length"):
+        s.compare_trainings(labels, {"a": a, "b": b[:, 1:]})
+    rows = s.compare_trainings(labels, {"a": a, "b": b, "c": a + b})
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert [r["p_holm"] for r in rows] == list(s.holm([r["p_value"] for r in rows]))

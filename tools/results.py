@@ -102,7 +102,7 @@ def rows() -> dict[str, dict]:
     ready |= {f"exported-{f}-{d}-seed{s}": {"data": d, "exports": f"realtime-{f}-{d}-seed{s}"}
               for s in (0, 1, 2) for d in ("zippers", "photographs") for f in FAMILIES}
     judged = {f"realtime-{f}-zippers-seed{s}": "default" for s in (0, 1, 2) for f in FAMILIES}
-    judged |= {f"main-{f}-zippers-seed0": "default" for f in FAMILIES}
+    judged |= {f"main-{f}-zippers-seed{s}": "default" for s in (0, 1, 2) for f in FAMILIES}
     judged |= {f"ablation-{e}-zippers-seed{s}": e if e in RESCORED else "default" for s in (0, 1, 2) for e in (*RESCORED, *RETRAINED)}
     judged |= {name: "default" for name in table if name.startswith("equal-") or "-screws-" in name}
     for name, e in judged.items():

@@ -73,7 +73,7 @@ def training_progress(
     schedule = getattr(learn, "schedule", None)
     return min(schedule.progress() if schedule else learn.pct_train, 1.0)
 
-
+# %% ../nbs/21_callbacks.ipynb #1bca905e
 def eased(
     corruption: Corruption,  # the damage at the end of the training
     progress: float,  # share of the training that is done, in [0,1]
@@ -122,7 +122,7 @@ class CorruptionCallback(Callback):
                 break
         return damaged
 
-# %% ../nbs/21_callbacks.ipynb #8a3c90fe
+# %% ../nbs/21_callbacks.ipynb #aab70cb3
 def pick_precision(
     precision: str,  # auto, fp32, bf16 or fp16
     device: torch.device,  # where the network runs
@@ -135,7 +135,7 @@ def pick_precision(
         raise ValueError(f"precision={precision}: choose auto, fp32 or bf16, or fp16 on a GPU")
     return precision
 
-
+# %% ../nbs/21_callbacks.ipynb #8a3c90fe
 class AutocastCallback(Callback):
     "Runs the network in bfloat16 on any device; outputs come back as float32."
 

@@ -642,7 +642,9 @@ def compare(pairs):
     page = write_comparison(found, out, n)
     for judged in found.judges:
         print(f"{judged.name}:", describe_metrics(judged.metrics), sep="\n")
-    for pair in found.pairs():
+    for row in found.training_rows():
+        print(f"{row['detector']}, {row['n']} trainings: AUROC {row['auroc']:.3f} [{row['ci'][0]:.3f}, {row['ci'][1]:.3f}]")
+    for pair in found.training_pairs() or found.pairs():
         print(f"{pair['a']} − {pair['b']}: AUROC {pair['difference']:+.3f} [{pair['ci'][0]:+.3f}, {pair['ci'][1]:+.3f}], "
               f"p = {pair['p_holm']:.2g} after Holm")
     print(f"comparison: {page}")

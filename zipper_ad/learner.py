@@ -63,7 +63,7 @@ class NormalSplit:
     valid: list[int]
     calibration: list[int]
 
-
+# %% ../nbs/20_learner.ipynb #03441846
 def split_three(
     dataset: AnomalyDataset,  # normal pictures
     held_out: float = 0.2,  # share that is not trained on

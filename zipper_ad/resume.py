@@ -228,6 +228,22 @@ class ResumeCallback(Callback):
         file = next((c.file for c in self.learn.cbs if isinstance(c, CSVLogger)), None)
         return file, Path(file.name).read_text().splitlines() if file else []
 
+# %% ../nbs/22_resume.ipynb #46be5388
+@patch
+def after_epoch(self: ResumeCallback):
+    start = time.monotonic()
+    if start < self.free_at or not self.whole or not is_main():  # fastai calls this after an error or Ctrl-C in mid-epoch, too
+        return
+    tensors, chance = random_state(self.learn.dls)
+    facts = _facts_of(self.learn) | {
+        "epoch": self.epoch, "random": chance, "fingerprint": self.fingerprint, "history": self._history()[1],
+    }
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in (tensors | _tensors_of(self.learn)).items()}
+    with atomic_path(self.folder / "checkpoints" / STATE) as temporary:
+        save_file(tensors, temporary, {"resume": json.dumps(facts)})
+    took = time.monotonic() - start
+    self.free_at = time.monotonic() + took * (1 / self.share - 1)
+
 # %% ../nbs/22_resume.ipynb #a4c751c6
 @patch
 def begin(self: ResumeCallback) -> int:
@@ -246,22 +262,6 @@ def begin(self: ResumeCallback) -> int:
     logger.info("carrying on after epoch %d of %d", facts["epoch"] + 1, self.learn.n_epoch)
     self.state = None
     return facts["epoch"] + 1
-
-# %% ../nbs/22_resume.ipynb #46be5388
-@patch
-def after_epoch(self: ResumeCallback):
-    start = time.monotonic()
-    if start < self.free_at or not self.whole or not is_main():  # fastai calls this after an error or Ctrl-C in mid-epoch, too
-        return
-    tensors, chance = random_state(self.learn.dls)
-    facts = _facts_of(self.learn) | {
-        "epoch": self.epoch, "random": chance, "fingerprint": self.fingerprint, "history": self._history()[1],
-    }
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in (tensors | _tensors_of(self.learn)).items()}
-    with atomic_path(self.folder / "checkpoints" / STATE) as temporary:
-        save_file(tensors, temporary, {"resume": json.dumps(facts)})
-    took = time.monotonic() - start
-    self.free_at = time.monotonic() + took * (1 / self.share - 1)
 
 # %% ../nbs/22_resume.ipynb #1810acb2
 class ResumableLearner(Learner):

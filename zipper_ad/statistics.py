@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['bca_interval', 'delong_test', 'paired_difference', 'paired_bootstrap', 'paired_pixel_bootstrap', 'holm',
            'compare_detectors', 'alike_groups', 'plot_comparison', 'rank_detectors', 'plot_critical_difference',
-           'across_seeds']
+           'across_seeds', 'mrmc_interval', 'mrmc_test', 'compare_trainings']
 
 # %% ../nbs/33_statistics.ipynb #b56a8fa0
 import math
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from .core import InputError
 from zipper_ad.metrics import (
@@ -193,6 +193,14 @@ def holm(
     return adjusted
 
 # %% ../nbs/33_statistics.ipynb #901fe621
+def _all_pairs(scores: dict, test) -> list[dict]:
+    "For each pair of names `a` and `b` what the test says of their scores, and `p_holm` over all that have a p-value."
+    rows = [{"a": a, "b": b, **test(scores[a], scores[b])} for a, b in combinations(scores, 2)]
+    known = [row for row in rows if row["p_value"] is not None]
+    adjusted = dict(zip(map(id, known), holm([row["p_value"] for row in known]).tolist(), strict=True))
+    return [{**row, "p_holm": adjusted.get(id(row))} for row in rows]
+
+# %% ../nbs/33_statistics.ipynb #b1f1c067
 def compare_detectors(
     labels,  # 0 good, 1 defective, (N,)
     scores: dict,  # name of each detector and its scores on the same images, (N,)
@@ -204,10 +212,7 @@ def compare_detectors(
             _labelled(labels, values)
         except InputError as error:
             raise InputError(f"detector {name!r}: {error}") from error
-    rows = [{"a": a, "b": b, **delong_test(labels, scores[a], scores[b], level)} for a, b in combinations(scores, 2)]
-    known = [row for row in rows if row["p_value"] is not None]
-    adjusted = dict(zip(map(id, known), holm([row["p_value"] for row in known]).tolist(), strict=True))
-    return [{**row, "p_holm": adjusted.get(id(row))} for row in rows]
+    return _all_pairs(scores, lambda a, b: delong_test(labels, a, b, level))
 
 # %% ../nbs/33_statistics.ipynb #018cd1fc
 def alike_groups(
@@ -315,3 +320,114 @@ def across_seeds(
     mean, sd = float(values.mean()), float(values.std(ddof=1)) if n > 1 else None
     half = float(stats.t.ppf((1 + level) / 2, n - 1) * sd / n**0.5) if n > 1 else None
     return {"mean": mean, "sd": sd, "ci": [mean - half, mean + half] if n > 1 else None, "n": n}
+
+# %% ../nbs/33_statistics.ipynb #2f125cab
+def _delong_covariance(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "AUROC of each of k detectors, (k,), and DeLong's covariance of these, (k, k), from labels (N,) bool and scores (k, N)."
+    found = np.stack([_placements(s[labels], s[~labels]) for s in scores])
+    kept = np.stack([_placements(s[~labels], s[labels]) for s in scores])
+    covariance = np.cov(found, ddof=1) / found.shape[1] + np.cov(kept, ddof=1) / kept.shape[1]
+    return found.mean(1), np.atleast_2d(covariance)
+
+# %% ../nbs/33_statistics.ipynb #e79b6dc2
+def _between_and_shared(areas: np.ndarray, covariance: np.ndarray) -> tuple[float, float]:
+    "Of r trainings: their variance over r, s² / r, and the mean covariance of two of them, c."
+    r = len(areas)
+    return areas.var(ddof=1) / r, (covariance.sum() - np.trace(covariance)) / (r * (r - 1))
+
+
+def _error_and_df(parts: list[tuple[float, int]], shared: float) -> tuple[float, float]:
+    "Standard error and Hillis' degrees of freedom, from (s² / r, r) of each group of trainings, and what the images bring."
+    variance, unsure = sum(v for v, _ in parts) + max(shared, 0), sum(v**2 / (r - 1) for v, r in parts)
+    return variance**0.5, variance**2 / unsure if unsure > 1e-48 else math.inf
+
+# %% ../nbs/33_statistics.ipynb #de8299b4
+def _trainings(labels, scores) -> tuple[np.ndarray, np.ndarray]:
+    "Labels as bool (N,) and the scores of r trainings as float64 (r, N). Raises `InputError` for fewer than two trainings."
+    if len(scores) < 2:
+        raise InputError(f"{len(scores)} training: what a training brings shows from two seeds on; for one there are the other intervals.")
+    checked = [_labelled(labels, s) for s in scores]
+    return checked[0][0], np.stack([s for _, s in checked])
+
+# %% ../nbs/33_statistics.ipynb #a55bdf50
+def mrmc_interval(
+    labels,  # 0 good, 1 defective, (N,)
+    scores,  # of each of r ≥ 2 trainings on the same images, higher is more anomalous, (r, N)
+    level: float = 0.95,  # of the interval
+) -> dict:
+    """`auroc`, the mean over trainings, and its `ci` for other trainings and other images (Obuchowski and Rockette, 1995), on the logit.
+
+    Also `df` (Hillis, 2007; None where trainings do not scatter and it is infinite) and `n` trainings. `auroc` and `ci` are None when a
+    class has fewer than two samples. Raises `InputError` for fewer than two trainings."""
+    labels, scores = _trainings(labels, scores)
+    result = {"auroc": None, "ci": None, "df": None, "n": len(scores)}
+    if min(labels.sum(), (~labels).sum()) < 2:
+        return result
+    areas, covariance = _delong_covariance(labels, scores)
+    between, shared = _between_and_shared(areas, covariance)
+    error, df = _error_and_df([(between, len(scores))], shared)
+    area = float(areas.mean())
+    result |= {"auroc": area, "df": float(df) if df < math.inf else None}
+    if error < 1e-12:  # all trainings alike on these images, and separating them, or with none that errs
+        return result | {"ci": auroc_interval(labels, scores[0], level)}
+    t = stats.t.ppf([(1 - level) / 2, (1 + level) / 2], df)
+    return result | {"ci": [float(v) for v in special.expit(special.logit(area) + t * error / (area * (1 - area)))]}
+
+# %% ../nbs/33_statistics.ipynb #56d2313c
+def mrmc_test(
+    labels,  # 0 good, 1 defective, (N,)
+    a,  # scores of r ≥ 2 trainings of one detector on the same images, higher is more anomalous, (r, N)
+    b,  # of the other on the same images, (r', N)
+    paired: bool = False,  # training j of both belongs together (one seed, or the same weights); else the two share only the images
+    level: float = 0.95,  # of the interval
+) -> dict:
+    """`difference` of mean AUROC a − b, its `ci` and two-sided `p_value` for other trainings and other images.
+
+    Also `auroc_a`, `auroc_b` and `df`, as `mrmc_interval` gives them. Obuchowski and Rockette (1995) with the degrees of freedom of
+    Hillis (2007), each group with its own scatter. All are None when a class has fewer than two samples. Raises `InputError` for
+    fewer than two trainings, or trainings that do not pair up."""
+    (labels, a), (_, b) = _trainings(labels, a), _trainings(labels, b)
+    if paired and len(a) != len(b):
+        raise InputError(f"{len(a)} and {len(b)} trainings do not pair up.")
+    if (k := int(min(labels.sum(), (~labels).sum()))) < 2:
+        return dict.fromkeys(("difference", "ci", "p_value", "auroc_a", "auroc_b", "df"))
+    areas, c = _delong_covariance(labels, np.concatenate([a, b]))
+    one, two = slice(len(a)), slice(len(a), None)
+    error, df = _paired_error(areas[one], areas[two], c) if paired else _nested_error(areas[one], areas[two], c)
+    means = [float(areas[group].mean()) for group in (one, two)]
+    difference = means[0] - means[1] if abs(means[0] - means[1]) > 1e-12 else 0.0
+    half, p_value = _without_variance(difference, k, level)
+    if error > 1e-12:
+        half, p_value = float(stats.t.ppf((1 + level) / 2, df) * error), float(2 * stats.t.sf(abs(difference) / error, df))
+    ends = [max(difference - half, -1.0), min(difference + half, 1.0)]
+    return {"difference": difference, "ci": ends, "p_value": p_value, "auroc_a": means[0], "auroc_b": means[1],
+            "df": float(df) if df < math.inf else None}
+
+# %% ../nbs/33_statistics.ipynb #4c42a43d
+def _paired_error(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[float, float]:
+    "Standard error and degrees of freedom of the mean difference, each training of a with its own of b."
+    r = len(a)
+    between, shared = _between_and_shared(a - b, c[:r, :r] + c[r:, r:] - c[:r, r:] - c[r:, :r])
+    return _error_and_df([(between, r)], shared)
+
+
+def _nested_error(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[float, float]:
+    "The same, where the trainings of a and those of b have nothing in common but the images."
+    r = len(a)
+    (between_a, c_a), (between_b, c_b) = _between_and_shared(a, c[:r, :r]), _between_and_shared(b, c[r:, r:])
+    return _error_and_df([(between_a, r), (between_b, len(b))], c_a + c_b - 2 * c[:r, r:].mean())
+
+# %% ../nbs/33_statistics.ipynb #17d441b6
+def compare_trainings(
+    labels,  # 0 good, 1 defective, (N,)
+    scores: dict,  # name of each detector and the scores of its trainings on the same images, (r, N)
+    paired: bool = False,  # training j of each belongs together
+    level: float = 0.95,  # of the intervals, each for its pair alone
+) -> list[dict]:
+    "One row a pair: `a`, `b`, what `mrmc_test` gives, and `p_holm` adjusted for all pairs (None where there is no p-value)."
+    for name, values in scores.items():
+        try:
+            _trainings(labels, values)
+        except InputError as error:
+            raise InputError(f"detector {name!r}: {error}") from error
+    return _all_pairs(scores, lambda a, b: mrmc_test(labels, a, b, paired, level))
