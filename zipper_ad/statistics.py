@@ -341,6 +341,11 @@ def _error_and_df(parts: list[tuple[float, int]], shared: float) -> tuple[float,
     variance, unsure = sum(v for v, _ in parts) + max(shared, 0), sum(v**2 / (r - 1) for v, r in parts)
     return variance**0.5, variance**2 / unsure if unsure > 1e-48 else math.inf
 
+
+def _widest(errors: list[tuple[float, float]], level: float) -> tuple[float, float]:
+    "Half the widest of the intervals that belong to some standard errors and degrees of freedom, and its degrees of freedom."
+    return max((float(stats.t.ppf((1 + level) / 2, df) * error), df) for error, df in errors)
+
 # %% ../nbs/33_statistics.ipynb #de8299b4
 def _trainings(labels, scores) -> tuple[np.ndarray, np.ndarray]:
     "Labels as bool (N,) and the scores of r trainings as float64 (r, N). Raises `InputError` for fewer than two trainings."
@@ -365,13 +370,14 @@ def mrmc_interval(
         return result
     areas, covariance = _delong_covariance(labels, scores)
     between, shared = _between_and_shared(areas, covariance)
-    error, df = _error_and_df([(between, len(scores))], shared)
+    fixed = (max(covariance.mean(), 0) ** 0.5, math.inf)
+    half, df = _widest([_error_and_df([(between, len(scores))], shared), fixed], level)
     area = float(areas.mean())
     result |= {"auroc": area, "df": float(df) if df < math.inf else None}
-    if error < 1e-12:  # all trainings alike on these images, and separating them, or with none that errs
+    if half < 1e-12:  # all trainings order all images alike, and separate them
         return result | {"ci": auroc_interval(labels, scores[0], level)}
-    t = stats.t.ppf([(1 - level) / 2, (1 + level) / 2], df)
-    return result | {"ci": [float(v) for v in special.expit(special.logit(area) + t * error / (area * (1 - area)))]}
+    ends = special.expit(special.logit(area) + np.array([-1, 1]) * half / (area * (1 - area)))
+    return result | {"ci": [float(v) for v in ends]}
 
 # %% ../nbs/33_statistics.ipynb #56d2313c
 def mrmc_test(
@@ -392,30 +398,27 @@ def mrmc_test(
     if (k := int(min(labels.sum(), (~labels).sum()))) < 2:
         return dict.fromkeys(("difference", "ci", "p_value", "auroc_a", "auroc_b", "df"))
     areas, c = _delong_covariance(labels, np.concatenate([a, b]))
-    one, two = slice(len(a)), slice(len(a), None)
-    error, df = _paired_error(areas[one], areas[two], c) if paired else _nested_error(areas[one], areas[two], c)
-    means = [float(areas[group].mean()) for group in (one, two)]
+    means, errors = [float(areas[: len(a)].mean()), float(areas[len(a):].mean())], _errors(areas, c, len(a), paired)
     difference = means[0] - means[1] if abs(means[0] - means[1]) > 1e-12 else 0.0
-    half, p_value = _without_variance(difference, k, level)
-    if error > 1e-12:
-        half, p_value = float(stats.t.ppf((1 + level) / 2, df) * error), float(2 * stats.t.sf(abs(difference) / error, df))
+    (half, p_value), df = _without_variance(difference, k, level), math.inf
+    if max(error for error, _ in errors) > 1e-12:
+        half, df = _widest(errors, level)
+        p_value = max(float(2 * stats.t.sf(abs(difference) / error, df)) for error, df in errors if error > 1e-12)
     ends = [max(difference - half, -1.0), min(difference + half, 1.0)]
     return {"difference": difference, "ci": ends, "p_value": p_value, "auroc_a": means[0], "auroc_b": means[1],
             "df": float(df) if df < math.inf else None}
 
 # %% ../nbs/33_statistics.ipynb #4c42a43d
-def _paired_error(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[float, float]:
-    "Standard error and degrees of freedom of the mean difference, each training of a with its own of b."
-    r = len(a)
-    between, shared = _between_and_shared(a - b, c[:r, :r] + c[r:, r:] - c[:r, r:] - c[r:, :r])
-    return _error_and_df([(between, r)], shared)
-
-
-def _nested_error(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[float, float]:
-    "The same, where the trainings of a and those of b have nothing in common but the images."
-    r = len(a)
-    (between_a, c_a), (between_b, c_b) = _between_and_shared(a, c[:r, :r]), _between_and_shared(b, c[r:, r:])
-    return _error_and_df([(between_a, r), (between_b, len(b))], c_a + c_b - 2 * c[:r, r:].mean())
+def _errors(areas: np.ndarray, c: np.ndarray, r: int, paired: bool) -> list[tuple[float, float]]:
+    "Standard errors of the difference of the first r and the other trainings, with degrees of freedom: for any training, and for these."
+    a, b, both = c[:r, :r], c[r:, r:], c[:r, r:]
+    if paired:
+        between, shared = _between_and_shared(areas[:r] - areas[r:], a + b - both - both.T)
+        any_training = _error_and_df([(between, r)], shared)
+    else:
+        (between_a, c_a), (between_b, c_b) = _between_and_shared(areas[:r], a), _between_and_shared(areas[r:], b)
+        any_training = _error_and_df([(between_a, r), (between_b, len(b))], c_a + c_b - 2 * both.mean())
+    return [any_training, (max(a.mean() + b.mean() - 2 * both.mean(), 0) ** 0.5, math.inf)]
 
 # %% ../nbs/33_statistics.ipynb #17d441b6
 def compare_trainings(
