@@ -387,6 +387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'zipper_ad.compare._common_name': ('compare.html#_common_name', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._differences': ('compare.html#_differences', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._failures_table': ('compare.html#_failures_table', 'zipper_ad/compare.py'),
+                                   'zipper_ad.compare._folded': ('compare.html#_folded', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._interval': ('compare.html#_interval', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._main_table': ('compare.html#_main_table', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._pairs_table': ('compare.html#_pairs_table', 'zipper_ad/compare.py'),

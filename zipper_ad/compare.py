@@ -232,7 +232,7 @@ def plot_trainings(
         _interval(above, i, row["auroc"], *row["ci"], COLOURS["good"], f"{row['auroc']:.3f}")
         above.plot(row["aurocs"], [i + 0.25] * row["n"], "o", color="#767676", ms=4)
     above.set_yticks(range(len(rows)), [f"{r['detector']} ({r['n']} trainings)" for r in rows])
-    above.set(title="mean AUROC with 95% interval over trainings and images; grey: each training", ylim=(len(rows) - 0.5, -0.8))
+    above.set(title="mean AUROC with 95% interval; grey: single trainings", ylim=(len(rows) - 0.5, -0.8))
     if pairs:
         _differences(axes[1, 0], pairs)
     return fig
@@ -312,7 +312,8 @@ def plot_calibration(
         p = p_values(judge.scores[good], judge.detector.calibration_scores)
         _p_value_line(ax, p, ls=style, color=colour, lw=1.6, label=judge.name)
     ax.set(ylabel=f"share of {good.sum()} good pictures at or below")
-    ax.legend(loc="lower right")
+    fig.set_size_inches(5.6, 3.4)
+    fig.legend(loc="outside right upper")
     return fig
 
 # %% ../nbs/47_compare.ipynb #a982bf03
@@ -426,7 +427,12 @@ def _pairs_table(pairs: list[dict], caption: str) -> str:
         rows.append([escape(f"{p['a']} − {p['b']}"), f"{p['difference']:+.3f}", format_interval(p["ci"]), f"{p['p_value']:.2g}",
                      f"{p['p_holm']:.2g}", escape(said)])
     head = ["Pair", "Difference of AUROC", "95% interval", "p", "p after Holm", "In words"]
-    return html_table(rows, head, caption) if rows else ""
+    return _folded(html_table(rows, head, caption), f"All {len(rows)} pairs", len(rows)) if rows else ""
+
+
+def _folded(table: str, summary: str, rows: int, most: int = 10) -> str:
+    "A table that opens at a click where it has many rows."
+    return table if rows <= most else f"<details><summary>{summary}</summary>{table}</details>"
 
 
 def _trainings_section(comparison: Comparison, drawing: str) -> str:
@@ -448,7 +454,8 @@ def _pixel_pairs_table(comparison: Comparison) -> str:
              f"{p['p_holm']:.2g}"] for p in comparison.pixel_pairs()]
     head = ["Pair", "Figure", "Difference", "95% interval", "p after Holm"]
     caption = f"Each pair on the pixels of the same {_what(comparison)}"
-    return html_table(rows, head, f"{caption}, at the size of the masks (paired bootstrap)") if rows else ""
+    table = html_table(rows, head, f"{caption}, at the size of the masks (paired bootstrap)")
+    return _folded(table, f"All {len(rows)} differences of pixel figures", len(rows)) if rows else ""
 
 # %% ../nbs/47_compare.ipynb #14819a39
 def _failures_table(comparison: Comparison) -> str:
@@ -460,16 +467,18 @@ def _failures_table(comparison: Comparison) -> str:
 
 
 def _short_words(comparison: Comparison) -> str:
-    "The outcome in a sentence or two."
-    pairs = comparison.pairs()
-    ranked = sorted(comparison.judges, key=lambda j: -(j.metrics["image"]["auroc"] or 0))
+    "The outcome in a sentence or two: of detectors trained from several seeds where there are two or more of them, else of each run."
+    pairs = comparison.training_pairs()
+    areas = {r["detector"]: r["auroc"] for r in comparison.training_rows()} if pairs else {}
+    pairs = pairs or comparison.pairs()
     if not pairs:
         return "One class is missing in the test set, so nothing can be ranked."
-    best = ranked[0]
-    beaten = [p["b"] if p["a"] == best.name else p["a"] for p in pairs if best.name in (p["a"], p["b"]) and p["p_holm"] < 0.05]
-    figure = format_value(best.metrics["image"]["auroc"])
-    said = f"<strong>{escape(best.name)}</strong> has the highest AUROC ({figure}) on {_what(comparison)}."
-    others = [j.name for j in ranked[1:] if j.name not in beaten]
+    mean = "highest mean AUROC over several trainings" if areas else "highest AUROC"
+    areas = areas or {j.name: j.metrics["image"]["auroc"] for j in comparison.judges}
+    best, *rest = sorted(areas, key=areas.get, reverse=True)
+    beaten = [p["b"] if p["a"] == best else p["a"] for p in pairs if best in (p["a"], p["b"]) and p["p_holm"] < 0.05]
+    said = f"<strong>{escape(best)}</strong> has the {mean} ({format_value(areas[best])}) on {_what(comparison)}."
+    others = [name for name in rest if name not in beaten]
     said += f" It is better than {escape(', '.join(beaten))} beyond chance." if beaten else ""
     return said + (f" Between it and {escape(', '.join(others))} no difference was seen beyond chance." if others else "")
 
