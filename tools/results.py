@@ -10,7 +10,8 @@ processor thread (so that `jobs` rows can run side by side) and by epochs, not b
 cores), measures on the test folder, and writes what `zipper_ad evaluate` writes, with the settings, the minutes and the same figures
 for each map alone and for all reconstruction maps without the damage map. These score the same network, calibrated on the same
 held-out normals; they train nothing. `measure` does the same for any run. `seeds` measures nothing: it prints, of rows that differ by
-nothing but the seed, the mean of each figure with Student's interval for it.
+nothing but the seed, the mean of each figure with Student's interval for it, and for image AUROC the interval that also counts the
+pictures, where the rows hold the score of each.
 
 The groups: `main` is the table of families; `ensemble` judges by the mean of its members' anomaly maps, which are on one scale;
 `head` asks what the reconstruction adds; `minutes` and `images` are learning curves over time and over the number of training
@@ -404,7 +405,7 @@ def main(arguments: list[str]):
 
 def over_seeds(patterns: list[str]) -> list[str]:
     "One line for each settings measured from two seeds or more: the mean of each figure and its interval."
-    from zipper_ad.statistics import across_seeds
+    from zipper_ad.statistics import across_seeds, mrmc_interval
 
     groups, lines = {}, []
     for file in sorted(Path("results").glob("*-seed[0-9]*.json")):
@@ -416,6 +417,10 @@ def over_seeds(patterns: list[str]) -> list[str]:
             figures["PRO"] = [r["pixel"]["aupro"] for r in found]
         spread = {k: across_seeds(v) for k, v in figures.items() if len(v) > 1 and None not in v}
         told = "  ".join(f"{k} {s['mean']:.3f} [{max(s['ci'][0], 0):.3f}, {min(s['ci'][1], 1):.3f}]" for k, s in spread.items())
+        if len(found) > 1 and all("scores" in r for r in found):
+            pictures = sorted(found[0]["scores"])
+            both = mrmc_interval([not p.startswith("good/") for p in pictures], [[r["scores"][p] for p in pictures] for r in found])
+            told += "  image, other pictures too [{:.3f}, {:.3f}]".format(*both["ci"])
         lines += [f"{name:34s} {told}  {len(found)} seeds"] if spread else []
     return lines
 
