@@ -396,6 +396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'zipper_ad.compare._short_words': ('compare.html#_short_words', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._shrunk': ('compare.html#_shrunk', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._trainings_section': ('compare.html#_trainings_section', 'zipper_ad/compare.py'),
+                                   'zipper_ad.compare._two_of_each': ('compare.html#_two_of_each', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare._what': ('compare.html#_what', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare.compare': ('compare.html#compare', 'zipper_ad/compare.py'),
                                    'zipper_ad.compare.figures': ('compare.html#figures', 'zipper_ad/compare.py'),

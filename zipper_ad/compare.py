@@ -204,7 +204,7 @@ def _common_name(names: list[str]) -> str:
 @patch
 def training_rows(self: Comparison) -> list[dict]:
     "For each of `trainings` its name `detector`, the `aurocs`, and what `mrmc_interval` gives; none without two images of each class."
-    if min(self.labels.sum(), (~self.labels).sum()) < 2:
+    if not _two_of_each(self.labels):
         return []
     return [{"detector": name, "aurocs": [j.metrics["image"]["auroc"] for j in group],
              **mrmc_interval(self.labels, [j.scores for j in group])} for name, group in self.trainings().items()]
@@ -214,7 +214,12 @@ def training_rows(self: Comparison) -> list[dict]:
 def training_pairs(self: Comparison) -> list[dict]:
     "The difference of each pair of groups, as `compare_trainings` gives it: for other trainings and other photographs."
     scores = {name: [j.scores for j in group] for name, group in self.trainings().items()}
-    return compare_trainings(self.labels, scores) if self.training_rows() else []
+    return compare_trainings(self.labels, scores) if _two_of_each(self.labels) else []
+
+
+def _two_of_each(labels: np.ndarray) -> bool:
+    "Whether there are two good and two defective pictures, without which nothing has an interval."
+    return min(labels.sum(), (~labels).sum()) >= 2
 
 # %% ../nbs/47_compare.ipynb #ad71eda5
 @drawn
@@ -434,7 +439,7 @@ def _folded(table: str, summary: str, rows: int, most: int = 10) -> str:
     "A table that opens at a click where it has many rows."
     return table if rows <= most else f"<details><summary>{summary}</summary>{table}</details>"
 
-
+# %% ../nbs/47_compare.ipynb #5d2ef876
 def _trainings_section(comparison: Comparison, drawing: str) -> str:
     "What several seeds of the same settings say, as HTML; nothing where every detector was trained once."
     rows = [[escape(r["detector"]), r["n"], ", ".join(map(format_value, r["aurocs"])), format_value(r["auroc"]), format_interval(r["ci"])]

@@ -363,7 +363,7 @@ def _box(tensors) -> tuple[tuple[float, float] | None, torch.Tensor | None]:
         raise ValueError(f"a box of {height:g} by {width:g} of the picture, with an outline of {tuple(outline.shape)}")
     return (height, width), outline
 
-
+# %% ../nbs/32_detector.ipynb #80c4259a
 def _rebuild(cls, facts, tensors, device) -> Detector:
     config = check_config(config_from_dict(facts["config"]))
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}

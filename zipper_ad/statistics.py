@@ -193,8 +193,13 @@ def holm(
     return adjusted
 
 # %% ../nbs/33_statistics.ipynb #901fe621
-def _all_pairs(scores: dict, test) -> list[dict]:
-    "For each pair of names `a` and `b` what the test says of their scores, and `p_holm` over all that have a p-value."
+def _all_pairs(scores: dict, check, test) -> list[dict]:
+    "For each pair of names `a` and `b` what the test says of their scores, and `p_holm`; the name goes into what `check` raises of one."
+    for name, values in scores.items():
+        try:
+            check(values)
+        except InputError as error:
+            raise InputError(f"detector {name!r}: {error}") from error
     rows = [{"a": a, "b": b, **test(scores[a], scores[b])} for a, b in combinations(scores, 2)]
     known = [row for row in rows if row["p_value"] is not None]
     adjusted = dict(zip(map(id, known), holm([row["p_value"] for row in known]).tolist(), strict=True))
@@ -207,12 +212,7 @@ def compare_detectors(
     level: float = 0.95,  # of the intervals, each for its pair alone
 ) -> list[dict]:
     "One row a pair: `a`, `b`, what `delong_test` gives, and `p_holm` adjusted for all pairs (None where there is no p-value)."
-    for name, values in scores.items():
-        try:
-            _labelled(labels, values)
-        except InputError as error:
-            raise InputError(f"detector {name!r}: {error}") from error
-    return _all_pairs(scores, lambda a, b: delong_test(labels, a, b, level))
+    return _all_pairs(scores, lambda values: _labelled(labels, values), lambda a, b: delong_test(labels, a, b, level))
 
 # %% ../nbs/33_statistics.ipynb #018cd1fc
 def alike_groups(
@@ -323,11 +323,10 @@ def across_seeds(
 
 # %% ../nbs/33_statistics.ipynb #2f125cab
 def _delong_covariance(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "AUROC of each of k detectors, (k,), and DeLong's covariance of these, (k, k), from labels (N,) bool and scores (k, N)."
+    "AUROC of each of k ≥ 2 detectors, (k,), and DeLong's covariance of these, (k, k), from labels (N,) bool and scores (k, N)."
     found = np.stack([_placements(s[labels], s[~labels]) for s in scores])
     kept = np.stack([_placements(s[~labels], s[labels]) for s in scores])
-    covariance = np.cov(found, ddof=1) / found.shape[1] + np.cov(kept, ddof=1) / kept.shape[1]
-    return found.mean(1), np.atleast_2d(covariance)
+    return found.mean(1), np.cov(found) / found.shape[1] + np.cov(kept) / kept.shape[1]
 
 # %% ../nbs/33_statistics.ipynb #e79b6dc2
 def _between_and_shared(areas: np.ndarray, covariance: np.ndarray) -> tuple[float, float]:
@@ -428,9 +427,4 @@ def compare_trainings(
     level: float = 0.95,  # of the intervals, each for its pair alone
 ) -> list[dict]:
     "One row a pair: `a`, `b`, what `mrmc_test` gives, and `p_holm` adjusted for all pairs (None where there is no p-value)."
-    for name, values in scores.items():
-        try:
-            _trainings(labels, values)
-        except InputError as error:
-            raise InputError(f"detector {name!r}: {error}") from error
-    return _all_pairs(scores, lambda a, b: mrmc_test(labels, a, b, paired, level))
+    return _all_pairs(scores, lambda values: _trainings(labels, values), lambda a, b: mrmc_test(labels, a, b, paired, level))
