@@ -6,7 +6,7 @@
 __all__ = ['EXACT_PIXELS', 'auroc', 'auprc', 'f1_max', 'roc_points', 'pr_points', 'recall_at_fpr', 'bootstrap_interval',
            'roc_band', 'perfect_auroc_bound', 'auroc_interval', 'wilson_interval', 'recall_at_rates', 'pro_curve',
            'aupro', 'iou', 'dice', 'balanced_accuracy', 'image_metrics', 'pixel_metrics', 'per_defect',
-           'resampled_pixels', 'evaluate_scores']
+           'evaluate_scores', 'resampled_pixels']
 
 # %% ../nbs/31_metrics.ipynb #39249479
 from dataclasses import dataclass
@@ -599,24 +599,6 @@ def _figures_at(sizes: list, maps, masks, threshold, n_bootstrap, seed) -> dict:
     del block["n"]
     return block
 
-# %% ../nbs/31_metrics.ipynb #cd83d732
-def resampled_pixels(
-    labels,  # 0 good, 1 defective, (N,)
-    maps,  # anomaly maps, (N,H,W) or a sequence of any sizes
-    masks,  # for each image (H,W) bool of any size, or None where the mask is not known
-    n: int = 1000,  # resamples of images
-    seed: int = 0,  # of the resampling: with the same labels and masks the same images are drawn
-) -> dict[str, np.ndarray]:
-    "auroc, auprc, aupro, aupro_05 of a test set in each of n resamples (n,), at the sizes of its masks; empty where they are not defined."
-    sizes, _ = _mask_sizes(np.asarray(labels, bool), maps, masks)
-    found = _measurable(sizes, maps, masks)
-    if not isinstance(found, tuple):
-        drawn = found.resampled(n, seed)
-        return {name: drawn[name] for name in ("auroc", "auprc", "aupro", "aupro_05") if name in drawn}
-    known, truth = _known_pixels(*found)
-    curves = _pixel_curves(known, truth)
-    return {} if curves is None else _resampled_curves(curves, _resample_counts(truth.any((1, 2)), n, seed), 0.3, 2048)
-
 # %% ../nbs/31_metrics.ipynb #9d1944e7
 def _pixel_block(labels, maps, masks, threshold, n_bootstrap, seed) -> tuple[dict, int]:
     "Pixel figures of a test set at the sizes of its masks, and the number of defective images with a mask."
@@ -674,3 +656,21 @@ def evaluate_scores(
         "per_defect": per_defect(labels, scores, kinds, threshold.value, n_bootstrap, seed),
         "threshold": _threshold_block(threshold, scores[~labels]),
     }
+
+# %% ../nbs/31_metrics.ipynb #cd83d732
+def resampled_pixels(
+    labels,  # 0 good, 1 defective, (N,)
+    maps,  # anomaly maps, (N,H,W) or a sequence of any sizes
+    masks,  # for each image (H,W) bool of any size, or None where the mask is not known
+    n: int = 1000,  # resamples of images
+    seed: int = 0,  # of the resampling: with the same labels and masks the same images are drawn
+) -> dict[str, np.ndarray]:
+    "auroc, auprc, aupro, aupro_05 of a test set in each of n resamples (n,), at the sizes of its masks; empty where they are not defined."
+    sizes, _ = _mask_sizes(np.asarray(labels, bool), maps, masks)
+    found = _measurable(sizes, maps, masks)
+    if not isinstance(found, tuple):
+        drawn = found.resampled(n, seed)
+        return {name: drawn[name] for name in ("auroc", "auprc", "aupro", "aupro_05") if name in drawn}
+    known, truth = _known_pixels(*found)
+    curves = _pixel_curves(known, truth)
+    return {} if curves is None else _resampled_curves(curves, _resample_counts(truth.any((1, 2)), n, seed), 0.3, 2048)

@@ -57,7 +57,7 @@ def turn_back(
     pose: torch.Tensor,  # (B,3): the same
     window: Window | None = None,  # the same
 ) -> torch.Tensor:
-    "The maps as they lie on the pictures before `turn`, interpolated bilinearly: (B,C,S,S); zero where nothing was seen."
+    "The maps before `turn`, interpolated bilinearly: (B,C,S,S). Where nothing was seen: zero with a window, mirrored without."
     return _warp(maps, pose, True, "bilinear", window)
 
 # %% ../nbs/06_pose.ipynb #8ad52027
