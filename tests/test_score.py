@@ -1,5 +1,6 @@
 "Scores and thresholds: properties that a notebook would be tedious for."
 
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from zipper_ad.core import InputError
-from zipper_ad.score import ERROR_KINDS, LocationCalibration, calibrate, error_map, fuse, pool, smooth
+from zipper_ad.score import ERROR_KINDS, LEAST_WIDTH, LocationCalibration, calibrate, error_map, fuse, pool, smooth
 
 
 def test_import_is_light():
@@ -139,11 +140,57 @@ def test_surprise_beyond_what_the_pictures_can_tell_grows_slowly():
     steps = calibration(torch.linspace(-3, 60, 500).view(-1, 1, 1, 1).expand(-1, 1, 16, 16))[:, 0, 8, 8]
     free = LocationCalibration.from_state({k: v for k, v in calibration.state_dict().items() if k != "limit"})  # an older folder
     unlimited = free(torch.linspace(-3, 60, 500).view(-1, 1, 1, 1).expand(-1, 1, 16, 16))[:, 0, 8, 8]
-    assert (steps.diff() > 0).all()  # the order stays
+    ended = unlimited < -calibration.limit  # calmer than calm: the scale ends there
+    assert ended.any() and (steps[ended] == -calibration.limit).all()
+    assert (steps[~ended].diff() > 0).all()  # the order stays
     below = unlimited <= calibration.limit
-    assert below.any() and not below.all() and torch.allclose(steps[below], unlimited[below])
+    assert below.any() and not below.all() and torch.allclose(steps[below & ~ended], unlimited[below & ~ended])
     assert torch.allclose(steps[~below], calibration.limit + (unlimited[~below] - calibration.limit).log1p(), atol=1e-4)
     again = LocationCalibration.from_state(calibration.state_dict())
     assert torch.equal(again(maps), calibration(maps))
     with pytest.raises(InputError, match="limit"):
         LocationCalibration.from_state(calibration.state_dict() | {"limit": np.array([-1.0], dtype=np.float32)})
+
+
+# ---------------------------------------------------------------- a map that says nothing
+
+
+def dead_map(n, seed):
+    "The same picture n times, but for rounding."
+    pattern = torch.zeros(1, 1, 32, 32)
+    pattern[..., 4:8, 4:8] = 0.01
+    return pattern + 1e-6 * torch.randn(n, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_surprise_has_two_ends():
+    calibration = calibrate(dead_map(40, 0))
+    limit = math.log(41)
+    low, high = torch.full((1, 1, 32, 32), -1e6), torch.full((1, 1, 32, 32), 1e6)
+    assert calibration.limit == limit and calibration(low).min() == calibration(low).max() == -limit
+    assert limit < calibration(high).max() < limit + math.log(1e20)
+    again = LocationCalibration.from_state(calibration.state_dict())
+    assert torch.equal(again(low), calibration(low)) or torch.allclose(again(low), calibration(low), atol=1e-6)
+    assert LocationCalibration().fit(dead_map(40, 0))(low).min() < -1e6  # deviations, which are no surprises, have none
+
+
+def test_peaks_that_agree_too_well_scatter_like_noise():
+    maps = dead_map(60, 0)
+    deviations, surprises = LocationCalibration().fit(maps[:40]), calibrate(maps[:40])
+    width = (surprises.spread / deviations.spread).unique()
+    assert len(width) == 1 or torch.allclose(width, width[:1], rtol=1e-5)
+    assert abs(float(width[0]) - LEAST_WIDTH) < 1e-5
+    peaks = surprises(maps[40:]).flatten(1).amax(1)
+    assert peaks.abs().max() < 0.1  # the same each time, and no sensation
+
+
+def test_a_dead_map_leaves_the_other_witness_its_say():
+    chance = torch.Generator().manual_seed(0)
+    error = torch.randn(240, 1, 32, 32, generator=chance)
+    error[140:, 0, 20, 20] += 8  # a hundred faults
+    dead = dead_map(240, 1)
+    maps = [calibrate(error[:40])(error), calibrate(dead[:40])(dead)]
+    good, bad = fuse(maps[:1], maps[1:]).flatten(1).amax(1)[40:].split(100)
+    assert (bad[:, None] > good).float().mean() > 0.9
+    coin = LocationCalibration().fit(dead[:40])(dead) / 1e-3  # a scale made of how well the peaks agree
+    good, bad = fuse(maps[:1], [coin]).flatten(1).amax(1)[40:].split(100)
+    assert (bad[:, None] > good).float().mean() < 0.7
