@@ -104,9 +104,7 @@ class LocationCalibration:
         deviations = (maps - self.mean.to(maps)) / self.spread.to(maps)
         if self.tail:
             deviations = torch.where(deviations > 0, (self.tail * deviations.clamp(min=0)).log1p() / self.tail, deviations)
-        if math.isinf(self.limit):
-            return deviations
-        beyond = (deviations - self.limit).clamp(min=0)
+        beyond = (deviations - self.limit).clamp(min=0)  # zero where the limit is infinite
         return (deviations - beyond + beyond.log1p()).clamp(min=-self.limit)
 
 # %% ../nbs/30_score.ipynb #b6e3b686
