@@ -54,7 +54,7 @@ def test_pixel_figures_are_those_of_evaluate_at_the_size_of_the_masks(detectors,
     assert list(pairs) == FIGURES
     large, small = (j.metrics["pixel"] for j in found.judges)
     maps = [[at_size(v.anomaly_map, (128, 128)) for v in verdicts[name]] for name in ("large", "small")]
-    expected = paired_pixel_bootstrap(*maps, list(test.native_masks()), n=30)
+    expected = paired_pixel_bootstrap(*maps, list(test.native_masks()), n=50)  # of so many resamples at least, for a pair
     for name, row in pairs.items():
         assert row["difference"] == large[name] - small[name] and row["p_holm"] == row["p_value"]
         assert {k: row[k] for k in ("difference", "ci", "p_value")} == expected[name]
@@ -125,3 +125,34 @@ def test_runs_that_differ_only_in_their_seed_are_taken_together(detectors, train
     assert "Over several trainings" in (tmp_path / "out/compare.html").read_text()
     again = c.compare({"large": detectors["large"], "same": Detector.load(trained.run)}, trained.data, n_bootstrap=0)
     assert again.trainings() == {}  # one seed twice is one training
+
+
+@pytest.mark.parametrize("few", ["test/good", "test/rough"])
+def test_one_picture_of_a_class(detectors, enlarged, tmp_path, few):
+    for folder in (enlarged / "test").iterdir():
+        if few == "test/rough" and folder.name not in ("good", "rough"):
+            shutil.rmtree(folder)
+    for file in sorted((enlarged / few).iterdir())[1:]:
+        file.unlink()
+    found = c.compare(detectors, enlarged, n_bootstrap=5)
+    assert min(found.labels.sum(), (~found.labels).sum()) == 1 and found.pairs() == []
+    assert "Nothing can be ranked" in c.write_comparison(found, tmp_path / "out", n_examples=1).read_text()
+    for draw in (c.plot_pairs, c.plot_speed):
+        with pytest.raises(InputError, match="two good and two defective"):
+            draw(found)
+
+
+def test_runs_on_other_data_and_copies_are_no_further_trainings(detectors):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    config = detectors["large"].config
+    judge = lambda name, root, seed: SimpleNamespace(  # noqa: E731
+        name=name, detector=SimpleNamespace(config=replace(config, seed=seed, data=replace(config.data, root=root))))
+    judges = [judge("few-seed0", "few", 0), judge("many-seed0", "many", 0), judge("few-seed1", "./few", 1), judge("copy", "few", 0)]
+    found = c.Comparison(None, None, [], [], judges).trainings()
+    assert {name: [j.name for j in group] for name, group in found.items()} == {"few": ["few-seed0", "few-seed1"]}
+
+
+def test_many_detectors_look_different():
+    assert len({c._look(i)[:2] for i in range(28)}) == 28

@@ -11,7 +11,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from zipper_ad import metrics as m
 from zipper_ad.core import InputError
 from zipper_ad.data import PackedMasks
-from zipper_ad.pixels import at_size
+from zipper_ad.pixels import PixelMetrics, at_size
+from zipper_ad.statistics import across_seeds, delong_test
 from zipper_ad.threshold import conformal_threshold
 
 
@@ -240,3 +241,44 @@ def test_one_class_of_images_with_maps(scored, label):
     assert report["image"]["auroc"] is report["pixel"]["aupimo"] is None and report["image"]["notes"] and report["pixel"]["notes"]
     assert (report["pixel"]["auroc"] is None) == (label == 0)
     assert (report["threshold"]["observed_fpr"] is None) == (label == 1) == (report["image"]["recall"] is not None)
+
+
+def test_a_good_image_without_a_mask_counts_like_one_with_an_empty_mask():
+    rng = np.random.default_rng(3)
+    labels, maps = np.arange(12) % 2, rng.normal(size=(12, 16, 16))
+    truth = [np.kron(rng.random((4, 4)) > 0.8, np.ones((16, 16))) > 0 if label else np.zeros((64, 64), bool) for label in labels]
+    limit = conformal_threshold(rng.normal(size=30), 0.05)
+    scores = maps.max((1, 2))
+    none = [t if label else None for t, label in zip(truth, labels, strict=True)]
+    with_masks, without = (m.evaluate_scores(scores, labels, ["x"] * 12, limit, maps, masks, 1.0, 20)["pixel"] for masks in (truth, none))
+    assert with_masks == without and with_masks["auprc"] is not None
+    resampled = [m.resampled_pixels(labels, maps, masks, 5) for masks in (truth, none)]
+    assert all(np.array_equal(resampled[0][k], resampled[1][k]) for k in resampled[0]) and len(resampled[0]) == 4
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, float("nan")])
+def test_a_level_that_is_no_confidence(level):
+    labels, scores = [0, 0, 1, 1], [1.0, 3, 2, 4]
+    for call in (lambda: m.wilson_interval(1, 5, level), lambda: m.auroc_interval(labels, scores, level),
+                 lambda: m.bootstrap_interval(m.auroc, labels, scores, level=level), lambda: m.perfect_auroc_bound(3, 3, level),
+                 lambda: delong_test(labels, scores, scores, level), lambda: across_seeds([1.0, 2.0], level)):
+        with pytest.raises(InputError, match="level="):
+            call()
+
+
+@pytest.mark.parametrize("max_fpr", [0, -1, 1.5])
+def test_a_rate_at_which_no_curve_can_end(max_fpr):
+    maps, masks = np.zeros((1, 4, 4)), [np.eye(4) > 0]
+    for call in (m.aupro, m.pro_curve):
+        with pytest.raises(InputError, match="max_fpr="):
+            call(maps, masks, max_fpr)
+    with pytest.raises(InputError, match="max_fpr="):
+        PixelMetrics(max_fpr=max_fpr)
+
+
+def test_no_interval_where_a_resample_has_no_good_pixels():
+    masks = np.zeros((2, 8, 8), bool)
+    masks[0], masks[1, :2] = True, True
+    for block in (m.pixel_metrics(np.random.default_rng(0).normal(size=(2, 8, 8)), masks, 0.0, n_bootstrap=200),
+                  PixelMetrics(0.0).update(np.random.default_rng(0).normal(size=(2, 8, 8)), masks).compute(200)):
+        assert block["auroc"] is not None and "auroc" not in block["ci"] and np.isfinite(list(block["ci"].values())).all()

@@ -330,3 +330,26 @@ def test_settings_are_checked():
         p.aupimo(maps, masks[:3])
     with pytest.raises(InputError, match="must be"):
         p.PixelMetrics().update([np.zeros((3, 4, 4))], [np.zeros((4, 4))])
+
+
+def test_aupimo_between_wide_bounds():
+    rng = np.random.default_rng(0)
+    maps, masks = rng.normal(size=(20, 128, 128)).astype(np.float32), np.zeros((20, 128, 128), bool)
+    masks[:4, 20:60, 20:60] = True
+    maps[:4][masks[:4]] += 1
+    found = p.aupimo(maps, masks, bounds=(0.01, 1.0), n_bootstrap=5)  # more pixels at once than there are resamples to split
+    assert found.interval[0] <= found.mean <= found.interval[1]
+
+
+def test_fewer_levels_for_many_images_change_intervals_little(monkeypatch):
+    rng = np.random.default_rng(1)
+    maps, masks = rng.normal(size=(30, 64, 64)).astype(np.float32), np.zeros((30, 64, 64), bool)
+    masks[:10, 10:30, 10:30] = True
+    maps[:10][masks[:10]] += rng.uniform(0, 3, 10).repeat(400).astype(np.float32)
+    counted = p.PixelMetrics(1.0).update(maps, masks)
+    fine = counted.resampled(50)
+    assert counted._level_counts().shape[2] > 2048
+    monkeypatch.setattr("zipper_ad.pixels.LEVELS", 1)
+    assert counted._level_counts().shape[2] <= 2048
+    for name, values in counted.resampled(50).items():
+        assert np.abs(values - fine[name]).max() < 0.002, name

@@ -302,3 +302,18 @@ def test_pictures_of_every_case(rows):
 
 def test_29_of_29():
     assert [needed_in_a_row(), needed_in_a_row(0.9, 0.9), needed_in_a_row(0.5, 0.75)] == [29, 22, 2]
+
+
+def test_hits_parted_from_misses_without_firth_give_no_curve():
+    pod = fit_pod(np.arange(5.0, 45), np.arange(5, 45) > 20, firth=False)
+    assert pod.slope is None and "no curve. Leave firth=None" in pod.notes[0]
+    assert fit_pod(np.arange(5.0, 45), np.arange(5, 45) > 20).slope > 0
+
+
+def test_one_defect_can_be_drawn():
+    assert plot_pod(fit_pod([5.0], [1])).axes
+
+
+def test_scores_on_a_line_give_no_curve():
+    sizes = np.arange(5.0, 45)
+    assert "without any scatter" in fit_signal(sizes, np.log(sizes), 3.0).notes[0]

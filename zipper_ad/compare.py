@@ -8,6 +8,7 @@ __all__ = ['Judge', 'Comparison', 'compare', 'run_names', 'plot_pairs', 'plot_tr
 
 # %% ../nbs/47_compare.ipynb #13613919
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .config import compare_configs
+from .config import Config, compare_configs
 from .core import InputError, atomic_path, save_figure
 from .detector import Detector
 from .interpret import COLOURS, drawn, verdict_panels
@@ -67,13 +68,13 @@ def compare(
     detectors: Mapping[str, Detector],  # two or more, by the names they go by
     data: str | Path,  # a folder with test/ and, where known, ground_truth/
     data_note: str = "",  # what the pictures are; "rendered" in it is repeated beside the figures
-    n_bootstrap: int = 1000,  # resamples for the intervals
+    n_bootstrap: int = 1000,  # resamples for the intervals; those of pixel figures by pairs are at least 50 a pair, for Holm's correction
     progress: bool = False,  # show a progress bar for each
 ) -> Comparison:
     "Judge one test set by every detector. Raises `InputError` for fewer than two detectors or a folder without test pictures."
     if len(detectors) < 2:
         raise InputError(f"compare: {len(detectors)} detector given. A comparison needs two or more.")
-    result = None
+    result, n_shared = None, n_bootstrap and max(n_bootstrap, 50 * math.comb(len(detectors), 2))
     for name, detector in detectors.items():
         metrics, verdicts, test = detector.evaluate(data, n_bootstrap, progress)
         if result is None:
@@ -81,7 +82,7 @@ def compare(
             result = Comparison(labels, kinds, list(test.paths), test.native_masks(), data_note=data_note)
         scores, flagged = (np.array([getattr(v, k) for v in verdicts]) for k in ("score", "is_anomalous"))
         maps = [v.anomaly_map for v in verdicts]
-        drawn = resampled_pixels(result.labels, maps, result.masks, n_bootstrap) if n_bootstrap else {}
+        drawn = resampled_pixels(result.labels, maps, result.masks, n_shared) if n_shared else {}
         result.judges.append(Judge(name, detector, metrics, scores, flagged, drawn))
     return result
 
@@ -121,10 +122,15 @@ def table(self: Comparison) -> list[dict]:
     return rows
 
 # %% ../nbs/47_compare.ipynb #341cd76c
+def _two_of_each(labels: np.ndarray) -> bool:
+    "Whether there are two good and two defective pictures, without which nothing has an interval."
+    return min(labels.sum(), (~labels).sum()) >= 2
+
+
 @patch
 def pairs(self: Comparison) -> list[dict]:
-    "The difference of image AUROC of each pair of detectors, by DeLong's paired test; none where a class is missing."
-    return compare_detectors(self.labels, self.scores) if 0 < self.labels.sum() < len(self.labels) else []
+    "The difference of image AUROC of each pair of detectors, by DeLong's paired test; none without two images of each class."
+    return compare_detectors(self.labels, self.scores) if _two_of_each(self.labels) else []
 
 # %% ../nbs/47_compare.ipynb #eb90f198
 @patch
@@ -146,14 +152,15 @@ def plot_pairs(
     "AUROC of each detector with its interval, above the difference of each pair with its; a pair that differs is drawn in colour."
     pairs, judges = comparison.pairs(), comparison.judges
     if not pairs:
-        raise InputError("a comparison of AUROC needs good and defective pictures.")
+        raise InputError("a comparison of AUROC needs two good and two defective pictures, or more.")
     heights = [0.42 * len(judges) + 0.4, 0.42 * len(pairs) + 0.4]
     fig, (above, below) = plt.subplots(2, 1, figsize=(7.5, sum(heights) + 0.9), height_ratios=heights)
     for i, judge in enumerate(judges):
         value, (low, high) = judge.metrics["image"]["auroc"], auroc_interval(comparison.labels, judge.scores)
         _interval(above, i, value, low, high, COLOURS["good"], f"{value:.3f}")
     above.set_yticks(range(len(judges)), [j.name for j in judges])
-    above.set(title="AUROC with 95% interval", ylim=(len(judges) - 0.6, -0.8))
+    above.set_title("AUROC with 95% interval", loc="right")
+    above.set_ylim(len(judges) - 0.6, -0.8)
     _differences(below, pairs)
     return fig
 
@@ -165,7 +172,8 @@ def _differences(ax, pairs: list[dict]):
         _interval(ax, i, pair["difference"], *pair["ci"], COLOURS["defective"] if sure else "#767676", f"{pair['difference']:+.3f}")
     ax.set_yticks(range(len(pairs)), [f"{p['a']} − {p['b']}" for p in pairs])
     ax.axvline(0, color="black", lw=1, ls=":")
-    ax.set(title="difference of AUROC; orange: p < .05 after Holm's correction", ylim=(len(pairs) - 0.6, -0.8))
+    ax.set_title("difference of AUROC; orange: p < .05 after Holm's correction", loc="right")  # long names leave little room to the left
+    ax.set_ylim(len(pairs) - 0.6, -0.8)
 
 # %% ../nbs/47_compare.ipynb #0b1bd6c6
 def _interval(ax, row: int, value: float, low: float, high: float, colour: str, text: str):
@@ -177,20 +185,28 @@ def _interval(ax, row: int, value: float, low: float, high: float, colour: str, 
     ax.grid(axis="x")
 
 # %% ../nbs/47_compare.ipynb #40eb4dfc
-_CIRCUMSTANCES = {"seed", "data.root", "train.device", "train.threads", "train.tensorboard"}  # settings that make no other detector
+_CIRCUMSTANCES = {"seed", "train.device", "train.threads", "train.tensorboard"}  # settings that make no other detector
+
+
+def _same_but_for_seed(config: Config, other: Config) -> bool:
+    "Whether two trainings differ by nothing but the seed. They learned from one folder, however it was written."
+    differ = compare_configs(config, other)
+    if "data.root" in differ and len({os.path.realpath(root) for root in differ["data.root"]}) == 1:
+        del differ["data.root"]
+    return not set(differ) - _CIRCUMSTANCES
 
 
 @patch
 def trainings(self: Comparison) -> dict[str, list[Judge]]:
-    "Detectors whose settings differ by nothing but the seed, two or more, by what their names have in common."
-    groups: list[list[Judge]] = []
+    "Detectors that differ by nothing but the seed, one of each seed, two or more, by what their names have in common."
+    groups: list[dict[int, Judge]] = []
     for judge in self.judges:
         config = judge.detector.config
-        same = (g for g in groups if not set(compare_configs(g[0].detector.config, config)) - _CIRCUMSTANCES)
-        group = next(same, None)
-        groups.append([judge]) if group is None else group.append(judge)
+        group = next((g for g in groups if _same_but_for_seed(next(iter(g.values())).detector.config, config)), {})
+        groups += [] if group else [group]
+        group.setdefault(config.seed, judge)  # a copy of a run is no second training
     found = {}
-    for group in (g for g in groups if len({j.detector.config.seed for j in g}) > 1):
+    for group in (list(g.values()) for g in groups if len(g) > 1):
         name = _common_name([j.name for j in group]) or group[0].detector.config.model.name
         found[name if name not in found else f"{name} ({group[0].name} …)"] = group
     return found
@@ -198,7 +214,7 @@ def trainings(self: Comparison) -> dict[str, list[Judge]]:
 
 def _common_name(names: list[str]) -> str:
     "What names such as cnn-seed0 and cnn-seed1 begin with, without the word seed and what joins it."
-    return re.sub(r"[\W_]*(seed|s)?[\W_]*$", "", os.path.commonprefix(names))
+    return re.sub(r"([\W_]*seed\d*|[\W_]+s\d*)?[\W_]*$", "", os.path.commonprefix(names))
 
 # %% ../nbs/47_compare.ipynb #5635d4db
 @patch
@@ -216,11 +232,6 @@ def training_pairs(self: Comparison) -> list[dict]:
     scores = {name: [j.scores for j in group] for name, group in self.trainings().items()}
     return compare_trainings(self.labels, scores) if _two_of_each(self.labels) else []
 
-
-def _two_of_each(labels: np.ndarray) -> bool:
-    "Whether there are two good and two defective pictures, without which nothing has an interval."
-    return min(labels.sum(), (~labels).sum()) >= 2
-
 # %% ../nbs/47_compare.ipynb #ad71eda5
 @drawn
 def plot_trainings(
@@ -237,13 +248,20 @@ def plot_trainings(
         _interval(above, i, row["auroc"], *row["ci"], COLOURS["good"], f"{row['auroc']:.3f}")
         above.plot(row["aurocs"], [i + 0.25] * row["n"], "o", color="#767676", ms=4)
     above.set_yticks(range(len(rows)), [f"{r['detector']} ({r['n']} trainings)" for r in rows])
-    above.set(title="mean AUROC with 95% interval; grey: single trainings", ylim=(len(rows) - 0.5, -0.8))
+    above.set_title("mean AUROC with 95% interval; grey: single trainings", loc="right")
+    above.set_ylim(len(rows) - 0.5, -0.8)
     if pairs:
         _differences(axes[1, 0], pairs)
     return fig
 
 # %% ../nbs/47_compare.ipynb #02da8354
-_LINES = [("#0072B2", "-"), ("#E69F00", "-"), ("#009E73", "--"), ("#CC79A7", "--"), ("#000000", ":"), ("#56B4E9", "-."), ("#D55E00", "-.")]
+_LOOKS = [("#0072B2", 0), ("#E69F00", 0), ("#009E73", 1), ("#CC79A7", 1), ("#000000", 2), ("#56B4E9", 3), ("#D55E00", 3)]
+
+
+def _look(i: int) -> tuple[str, str, str]:
+    "Colour, dashes and mark of the i-th detector: 28 that are told apart, and again from the first."
+    colour, dash = _LOOKS[i % 7]
+    return colour, ("-", "--", ":", "-.")[(dash + i // 7) % 4], "osD^"[i // 7 % 4]
 
 
 @drawn
@@ -253,11 +271,12 @@ def plot_rocs(
 ) -> Figure:
     "The ROC curves of all detectors, each with a mark at its own threshold. Raises `InputError` when a class is missing."
     fig, ax = plt.subplots(figsize=(6.4, 4.6))
-    for judge, (colour, style) in zip(comparison.judges, _LINES * len(comparison.judges), strict=False):
+    for i, judge in enumerate(comparison.judges):
+        colour, style, mark = _look(i)
         fpr, tpr, _ = roc_points(comparison.labels, judge.scores)
         ax.plot(fpr, tpr, style, color=colour, lw=1.8, label=f"{judge.name} {judge.metrics['image']['auroc']:.3f}", drawstyle="steps-post")
         at = [judge.flagged[comparison.labels == c].mean() for c in (False, True)]
-        ax.plot(*at, "o", color=colour, ms=8, mec="black")
+        ax.plot(*at, mark, color=colour, ms=8, mec="black")
     ax.set(xlim=(-0.02 * max_fpr, 1.02 * max_fpr), ylim=(-0.02, 1.02), xlabel="false alarms (share of good images)",
            ylabel="recall (share of defective images)")
     ax.grid()
@@ -313,7 +332,8 @@ def plot_calibration(
     if not good.any():
         raise InputError("a calibration plot needs good pictures.")
     fig, ax = _p_value_axes(good.sum(), min(len(j.detector.calibration_scores) for j in comparison.judges))
-    for judge, (colour, style) in zip(comparison.judges, _LINES * len(comparison.judges), strict=False):
+    for i, judge in enumerate(comparison.judges):
+        colour, style, _ = _look(i)
         p = p_values(judge.scores[good], judge.detector.calibration_scores)
         _p_value_line(ax, p, ls=style, color=colour, lw=1.6, label=judge.name)
     ax.set(ylabel=f"share of {good.sum()} good pictures at or below")
@@ -328,12 +348,12 @@ def plot_speed(
 ) -> Figure:
     "AUROC with its interval against milliseconds an image (logarithmic)."
     fig, ax = plt.subplots(figsize=(6, 3.6))
-    for judge, (colour, _) in zip(comparison.judges, _LINES * len(comparison.judges), strict=False):
-        ms, value = judge.metrics["speed"]["ms_per_image_p50"], judge.metrics["image"]["auroc"]
-        if value is None:
-            raise InputError("AUROC needs good and defective pictures.")
+    if not _two_of_each(comparison.labels):
+        raise InputError("AUROC with its interval needs two good and two defective pictures, or more.")
+    for i, judge in enumerate(comparison.judges):
+        (colour, _, mark), ms, value = _look(i), judge.metrics["speed"]["ms_per_image_p50"], judge.metrics["image"]["auroc"]
         low, high = auroc_interval(comparison.labels, judge.scores)
-        ax.errorbar(ms, value, [[value - low], [high - value]], fmt="o", color=colour, ms=8, mec="black", capsize=3, label=judge.name)
+        ax.errorbar(ms, value, [[value - low], [high - value]], fmt=mark, color=colour, ms=8, mec="black", capsize=3, label=judge.name)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -477,7 +497,7 @@ def _short_words(comparison: Comparison) -> str:
     areas = {r["detector"]: r["auroc"] for r in comparison.training_rows()} if pairs else {}
     pairs = pairs or comparison.pairs()
     if not pairs:
-        return "One class is missing in the test set, so nothing can be ranked."
+        return "Nothing can be ranked: that takes two good and two defective pictures, or more."
     mean = "highest mean AUROC over several trainings" if areas else "highest AUROC"
     areas = areas or {j.name: j.metrics["image"]["auroc"] for j in comparison.judges}
     best, *rest = sorted(areas, key=areas.get, reverse=True)

@@ -135,9 +135,14 @@ def _area_to(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> np.ndarray:
     return (width * (y[..., :-1] + share * rise / 2)).sum(-1) / limit
 
 # %% ../nbs/31_metrics.ipynb #75897cf5
+def _shares(counts: np.ndarray) -> np.ndarray:
+    "Cumulative counts along the last axis as shares of the last one; NaN where that is 0."
+    return np.divide(counts, counts[..., -1:], out=np.full_like(counts, np.nan, float), where=counts[..., -1:] > 0)
+
+
 def _roc_area(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
     "AUROC from cumulative counts along the last axis."
-    return _area_to(fp / fp[..., -1:], tp / tp[..., -1:])
+    return _area_to(_shares(fp), _shares(tp))
 
 
 def _precision_area(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
@@ -153,8 +158,16 @@ def _best_f1(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
 _from_counts = {auroc: _roc_area, auprc: _precision_area, f1_max: _best_f1}
 
 # %% ../nbs/31_metrics.ipynb #f8d8dca8
+def _checked_level(level: float) -> float:
+    "A confidence, if it is one."
+    if not 0 < level < 1:
+        raise InputError(f"level={level}: must lie between 0 and 1, 0.95 for example.")
+    return level
+
+
 def _middle(values: np.ndarray, level: float) -> list[float]:
     "The interval that holds the middle `level` of the values."
+    _checked_level(level)
     return [float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
 
 
@@ -201,7 +214,7 @@ def perfect_auroc_bound(
     level: float = 0.95,  # confidence, one-sided
 ) -> float:
     "The least true AUROC that is compatible with an observed AUROC of exactly 1: (1 − level)^(1/min(n_good, n_defective))."
-    return float((1 - level) ** (1 / min(n_good, n_defective)))
+    return float((1 - _checked_level(level)) ** (1 / min(n_good, n_defective)))
 
 # %% ../nbs/31_metrics.ipynb #71d685a9
 def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -221,12 +234,13 @@ def auroc_interval(
     if min(len(high), len(low)) < 2:
         return None
     found, kept = _placements(high, low), 1 - _placements(low, high)
-    area = found.mean()
-    if not 0 < area < 1:
+    area, variance = found.mean(), found.var(ddof=1) / len(found) + kept.var(ddof=1) / len(kept)
+    if variance == 0:  # every pair came out alike: so much of all pairs must, and the rest may come out either way
         bound = perfect_auroc_bound(len(low), len(high), (1 + level) / 2)
-        return [bound, 1.0] if area == 1 else [0.0, 1 - bound]
-    error = (found.var(ddof=1) / len(found) + kept.var(ddof=1) / len(kept)) ** 0.5 / (area * (1 - area))
-    return [float(special.expit(special.logit(area) + z * error)) for z in stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])]
+        return [float(area * bound), float(1 - (1 - area) * bound)]
+    error = variance**0.5 / (area * (1 - area))
+    z = stats.norm.ppf([(1 - _checked_level(level)) / 2, (1 + level) / 2])
+    return [float(v) for v in special.expit(special.logit(area) + z * error)]
 
 # %% ../nbs/31_metrics.ipynb #4b4e6873
 def wilson_interval(
@@ -237,7 +251,7 @@ def wilson_interval(
     "Wilson's interval [low, high] for the share k / n. None for n = 0."
     if n == 0:
         return None
-    z = stats.norm.ppf((1 + level) / 2)
+    z = stats.norm.ppf((1 + _checked_level(level)) / 2)
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * (k * (n - k) / n + z**2 / 4) ** 0.5
     return [float(max(middle - half, 0)), float(min(middle + half, 1))]
@@ -268,6 +282,17 @@ def recall_at_rates(
     return result
 
 # %% ../nbs/31_metrics.ipynb #3f9ded07
+def _known_mask(i: int, mask) -> np.ndarray:
+    "The mask of image i as bool (H,W). Raises `InputError` for what is none."
+    mask = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+    mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+    if mask.ndim != 2:
+        raise InputError(f"image {i}: a mask {mask.shape} must be (H,W).")
+    if mask.dtype != bool and not (mask >= 0).all():
+        raise InputError(f"image {i}: the mask holds negative values or some that are not numbers. 0 is good, all above it faulty.")
+    return mask if mask.dtype == bool else mask > 0
+
+
 def _known_pixels(maps, masks) -> tuple[np.ndarray, np.ndarray]:
     "Maps float32 and masks bool, both (M,H,W), of the images whose mask is known; `InputError` when they don't fit each other."
     if len(maps) != len(masks):
@@ -276,13 +301,14 @@ def _known_pixels(maps, masks) -> tuple[np.ndarray, np.ndarray]:
     as_array = lambda v: np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v)  # noqa: E731
     kept = []
     for i in known:
-        map_, mask = (a[0] if a.ndim == 3 and len(a) == 1 else a for a in (as_array(maps[i]), as_array(masks[i])))
+        map_, mask = as_array(maps[i]), _known_mask(i, masks[i])
+        map_ = map_[0] if map_.ndim == 3 and len(map_) == 1 else map_
         if map_.shape != mask.shape or map_.ndim != 2 or (kept and kept[0][0].shape != map_.shape):
             raise InputError(f"image {i}: map {map_.shape} and mask {mask.shape} must be (H,W), of one size for all images. "
                              "pixels.at_size brings a map to the size of its mask; pixels.PixelMetrics does that by itself.")
         if not np.isfinite(map_).all():
             raise InputError(f"image {i}: the anomaly map holds values that are not finite. Is the model broken?")
-        kept.append((map_.astype(np.float32, copy=False), mask if mask.dtype == bool else mask > 0))
+        kept.append((map_.astype(np.float32, copy=False), mask))
     if not kept:
         return np.zeros((0, 1, 1), np.float32), np.zeros((0, 1, 1), bool)
     return tuple(np.stack(v) for v in zip(*kept, strict=True))
@@ -335,6 +361,13 @@ def _pixel_curves(maps: np.ndarray, masks: np.ndarray) -> _PixelCurves | None:
     return _PixelCurves(maps, masks, *(v[corner] for v in (cuts, tp, fp, pro)))
 
 # %% ../nbs/31_metrics.ipynb #75611108
+def _checked_fpr(max_fpr: float) -> float:
+    "Where a curve over the false-positive rate may end."
+    if not 0 < max_fpr <= 1:
+        raise InputError(f"max_fpr={max_fpr}: must be above 0 and at most 1, 0.3 for example.")
+    return max_fpr
+
+
 def pro_curve(
     maps,  # anomaly maps (N,H,W), higher is more anomalous; compared as float32
     masks,  # for each map (H,W) bool, or None where the mask is not known (left out)
@@ -345,7 +378,7 @@ def pro_curve(
     if curves is None:
         raise InputError("a PRO curve needs masks with faulty pixels and with anomaly-free ones.")
     fpr, pro = np.append(0, curves.fp / curves.fp[-1]), np.append(0, curves.pro)
-    inside = fpr < max_fpr
+    inside = fpr < _checked_fpr(max_fpr)
     return np.append(fpr[inside], max_fpr), np.append(pro[inside], np.interp(max_fpr, fpr, pro))
 
 
@@ -355,6 +388,7 @@ def aupro(
     max_fpr: float = 0.3,  # false-positive rate to integrate to, in (0, 1]
 ) -> float | None:
     "Area under the PRO curve up to max_fpr, over max_fpr (Bergmann et al., 2020). None without faulty or anomaly-free pixels."
+    _checked_fpr(max_fpr)
     curves = _pixel_curves(*_known_pixels(maps, masks))
     return None if curves is None else float(_area_to(curves.fp / curves.fp[-1], curves.pro, max_fpr))
 
@@ -419,8 +453,8 @@ def _resampled_curves(curves: _PixelCurves, counts: np.ndarray, max_fpr: float, 
     return {
         "auroc": _roc_area(tp, fp),
         "auprc": _precision_area(tp, fp),
-        "aupro": _area_to(fp / fp[:, -1:], overlap / overlap[:, -1:], max_fpr),
-        "aupro_05": _area_to(fp / fp[:, -1:], overlap / overlap[:, -1:], 0.05),
+        "aupro": _area_to(_shares(fp), _shares(overlap), max_fpr),
+        "aupro_05": _area_to(_shares(fp), _shares(overlap), 0.05),
     }
 
 # %% ../nbs/31_metrics.ipynb #0c9e45a7
@@ -485,6 +519,11 @@ def _image_intervals(labels, scores, flagged, n, seed, level) -> dict[str, list[
     return {**{name: _middle(v, level) for name, v in values.items()}, "auroc_logit": auroc_interval(labels, scores, level)}
 
 # %% ../nbs/31_metrics.ipynb #efcb2fdd
+def _intervals(values: dict[str, np.ndarray], level: float) -> dict[str, list[float]]:
+    "The interval of each figure from its values on resamples; none where a resample has no such figure, for want of good pixels."
+    return {name: _middle(v, level) for name, v in values.items() if np.isfinite(v).all()}
+
+
 def _figures_from_pixels(maps, masks, threshold, n_bootstrap, seed, level) -> tuple[dict, dict, list[str]]:
     "aupimo and, where there is a threshold, iou_per_region; their intervals; notes."
     from zipper_ad.pixels import aupimo, iou_per_region  # which imports this module
@@ -519,7 +558,7 @@ def pixel_metrics(
     if (curves := _pixel_curves(maps, masks)) is None:
         return {**result, "ci": {}, "notes": ["no mask with faulty and anomaly-free pixels: pixel metrics are null"]}
     result |= {"auroc": float(_roc_area(curves.tp, curves.fp)), "auprc": float(_precision_area(curves.tp, curves.fp)),
-               "aupro": float(_area_to(curves.fp / curves.fp[-1], curves.pro, max_fpr)),
+               "aupro": float(_area_to(curves.fp / curves.fp[-1], curves.pro, _checked_fpr(max_fpr))),
                "aupro_05": float(_area_to(curves.fp / curves.fp[-1], curves.pro, 0.05))}
     counts = _resample_counts(masks.any((1, 2)), n_bootstrap, seed)
     values = _resampled_curves(curves, counts, max_fpr, bins) if n_bootstrap else {}
@@ -529,7 +568,7 @@ def pixel_metrics(
         values |= _overlap(*(counts @ v for v in overlap)) if n_bootstrap else {}
     notes = [] if threshold is not None else ["no pixel threshold: iou, dice and iou_per_region are null"]
     figures, intervals, more = _figures_from_pixels(maps, masks, threshold, n_bootstrap, seed, level)
-    return {**result, **figures, "ci": {name: _middle(v, level) for name, v in values.items()} | intervals, "notes": notes + more}
+    return {**result, **figures, "ci": _intervals(values, level) | intervals, "notes": notes + more}
 
 # %% ../nbs/31_metrics.ipynb #7968c8c3
 def per_defect(
@@ -559,15 +598,21 @@ def per_defect(
 # %% ../nbs/31_metrics.ipynb #771d1d80
 def _mask_sizes(labels: np.ndarray, maps, masks) -> tuple[list, list[str]]:
     "The size at which each image is measured, None where its mask is not known: no mask, or an empty one, of a defective image. And notes."
-    sizes, empty = [], 0
+    sizes, empty, unmasked = [], 0, []
     for i, label in enumerate(labels):
         mask = masks[i]
         marked = mask is not None and bool((np.asarray(mask) > 0).any())
         if marked and not label:
             raise InputError(f"image {i} is labelled good, but its mask marks a fault. Correct the label or the mask.")
         empty += mask is not None and label and not marked
-        sizes.append(None if label and not marked else tuple(np.shape(maps[i] if mask is None else mask)[-2:]))
-    return sizes, [f"{empty} defective images have an empty mask and are left out of pixel metrics"] if empty else []
+        unmasked += [i] if mask is None and not label else []
+        sizes.append(None if mask is None or label and not marked else tuple(np.shape(mask)[-2:]))
+    known = set(sizes) - {None}
+    for i in unmasked:
+        sizes[i] = next(iter(known)) if len(known) == 1 else tuple(np.shape(maps[i])[-2:])
+    notes = [f"{empty} defective images have an empty mask and are left out of pixel metrics"] if empty else []
+    return sizes, notes + ([f"{len(unmasked)} good images without a mask count with as many pixels as their map has: an empty mask of "
+                            "the photograph's size would count them like the others"] if unmasked and len(known) > 1 else [])
 
 # %% ../nbs/31_metrics.ipynb #0fe8d363
 EXACT_PIXELS = 2**24  # so many pixels of one size are sorted at most; more are counted in bins

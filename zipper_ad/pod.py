@@ -303,7 +303,10 @@ def fit_pod(
         pod.notes.append("all defects have the same size: no curve. Test other sizes.")
         return pod
     if apart := _apart(x, hit):
-        pod.notes.append("one size parts hits from misses, so maximum likelihood has no answer: Firth's penalised likelihood instead.")
+        other = "no curve. Leave firth=None for Firth's penalised likelihood" if firth is False else "Firth's penalised likelihood instead"
+        pod.notes.append(f"one size parts hits from misses, so maximum likelihood has no answer: {other}.")
+        if firth is False:
+            return pod
     return _fitted(pod, x, scale, bound, apart if firth is None else firth, points)._complete()
 
 # %% ../nbs/35_pod.ipynb #4bc0ce6d
@@ -313,7 +316,7 @@ DASHES = ("-", (0, (6, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 
 def _groups(pod: POD, wanted: int):
     "Middle size, share found and its 95 % interval below and above, for groups of neighbouring sizes: (4,G)."
-    parts = np.array_split(np.argsort(pod.sizes), max(2, min(wanted, len(pod.sizes) // 8)))
+    parts = np.array_split(np.argsort(pod.sizes), min(len(pod.sizes), max(2, min(wanted, len(pod.sizes) // 8))))
     rows = []
     for part in parts:
         k, n = int(pod.detected[part].sum()), len(part)
@@ -451,6 +454,10 @@ def fit_signal(
     seen = (scores > floor) & (scores < ceiling)
     if seen.sum() < 5 or not x[seen].std() > 1e-9 or not scores[seen].std() > 1e-9:
         pod.notes.append("fewer than five different sizes with a score between floor and ceiling: no line. Test more.")
+        return pod
+    line = np.polynomial.Polynomial.fit(x[seen], scores[seen], 1)
+    if np.abs(scores[seen] - line(x[seen])).max() < 1e-9 * scores[seen].std():
+        pod.notes.append("the scores lie on a line without any scatter, as measured ones never do: no curve. Are they copies of the sizes?")
         return pod
     theta, covariance = _climb_signal(x, scores, floor, ceiling)
     turn = np.array([[1, 0, -threshold], [0, 1, 0]])

@@ -16,6 +16,7 @@ from scipy import special, stats
 
 from .core import InputError
 from zipper_ad.metrics import (
+    _checked_level,
     _cumulative_counts,
     _from_counts,
     _known_pixels,
@@ -47,7 +48,7 @@ def _bca(
     pull = np.concatenate([(1 - 1 / len(v)) * (v.mean() - v) for v in left_out])
     squares = (pull**2).sum()
     acceleration = (pull**3).sum() / (6 * squares**1.5) if squares > 1e-24 else 0.0
-    z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    z = bias + stats.norm.ppf([(1 - _checked_level(level)) / 2, (1 + level) / 2])
     return [float(v) for v in np.quantile(values, stats.norm.cdf(bias + z / (1 - acceleration * z)))]
 
 # %% ../nbs/33_statistics.ipynb #ab43ab81
@@ -80,6 +81,7 @@ def bca_interval(
 # %% ../nbs/33_statistics.ipynb #26a8284b
 def _without_variance(difference: float, k: int, level: float) -> tuple[float, float]:
     "Half the interval of a difference of AUROCs and its p-value where DeLong's variance is 0, from k independent pairs."
+    _checked_level(level)
     if difference == 0:
         return 1 - perfect_auroc_bound(k, k, level), 1.0
     return (2 * math.log(2 / (1 - level)) / k) ** 0.5, min(1.0, 2 * math.exp(-k * difference**2 / 2))
@@ -318,7 +320,7 @@ def across_seeds(
     if not (n := len(values)):
         raise InputError("no values: give the figure of at least one training.")
     mean, sd = float(values.mean()), float(values.std(ddof=1)) if n > 1 else None
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * sd / n**0.5) if n > 1 else None
+    half = float(stats.t.ppf((1 + _checked_level(level)) / 2, n - 1) * sd / n**0.5) if n > 1 else None
     return {"mean": mean, "sd": sd, "ci": [mean - half, mean + half] if n > 1 else None, "n": n}
 
 # %% ../nbs/33_statistics.ipynb #2f125cab
@@ -343,7 +345,7 @@ def _error_and_df(parts: list[tuple[float, int]], shared: float) -> tuple[float,
 
 def _widest(errors: list[tuple[float, float]], level: float) -> tuple[float, float]:
     "Half the widest of the intervals that belong to some standard errors and degrees of freedom, and its degrees of freedom."
-    return max((float(stats.t.ppf((1 + level) / 2, df) * error), df) for error, df in errors)
+    return max((float(stats.t.ppf((1 + _checked_level(level)) / 2, df) * error), df) for error, df in errors)
 
 # %% ../nbs/33_statistics.ipynb #de8299b4
 def _trainings(labels, scores) -> tuple[np.ndarray, np.ndarray]:
