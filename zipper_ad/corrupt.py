@@ -148,7 +148,7 @@ def noise_mask(
     generator: torch.Generator | None = None,  # source of chance
     scale: float = 1.0,  # of the patches: as `part_scale` says; below 1 they lie near the part
 ) -> torch.Tensor:
-    "Smooth noise above a threshold: (B,1,H,W) in [0,1], soft at the edge. Zavrtanik et al. (DRAEM) 2021, section 3.2."
+    "Smooth noise above a threshold: (B,1,H,W) in [0,1], soft at the edge. Zavrtanik et al. (DRAEM) 2021."
     cells = [int(2 ** torch.randint(1, 6, (), generator=generator, device=x.device)) for _ in range(2)]
     noise = smooth_noise(x, (round(cells[0] / scale), round(cells[1] / scale)), generator)
     share = _uniform(len(x), math.log(cover[0]), math.log(cover[1]), x, generator).exp()

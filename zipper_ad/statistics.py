@@ -300,7 +300,8 @@ def plot_critical_difference(
         rank, y = found["ranks"][name], -row - 1
         ax.plot([rank, rank], [0, y], color="0.6", lw=0.8)
         ax.plot(rank, y, "o", color="#0072B2", ms=5)
-        ax.annotate(f"{name}  {rank:.2f}", (rank, y), (-7, 0), textcoords="offset points", ha="right", va="center")
+        ax.annotate(f"{name}  {rank:.2f}", (rank, y), (-7, 0), textcoords="offset points", ha="right", va="center",
+                    bbox={"fc": "white", "ec": "none", "pad": 1})
     for row, group in enumerate(groups):
         ax.plot([min(group), max(group)], [-len(names) - 1 - row / 2] * 2, color="0.15", lw=3.5, solid_capstyle="round")
     ax.set(xlim=(len(names) + 1.2, 0.8), ylim=(-len(names) - 1.5 - len(groups) / 2, 0), yticks=[], xticks=range(1, len(names) + 1))
