@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -213,7 +214,7 @@ def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, 
     def full(path):
         calls.append(path)
         with real(path) as temporary:
-            if len(calls) == 4:  # archive.json and two shards were written
+            if len(calls) == 5:  # archive.json, stamps.json and two shards were written
                 temporary.write_bytes(b"half")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a real one, without a name
             yield temporary
@@ -221,7 +222,7 @@ def test_a_full_disk_ends_the_job_with_a_line_and_loses_nothing(made, pictures, 
     monkeypatch.setattr(archive, "atomic_path", full)
     line = refused("score", f"run={made[1]}", f"data={pictures}", f"out={tmp_path}", "workers=1", "shard=4")
     assert "No space left" in line and "free space" in line and "shard-00000002" in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive.json", "shard-00000000.parquet", "shard-00000001.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive.json", "shard-00000000.parquet", "shard-00000001.parquet", "stamps.json"]
     monkeypatch.undo()
     counts = score_archive(made[1], pictures, tmp_path, workers=1, shard=4)
     assert (counts["judged"], counts["skipped"]) == (3, 2) and shards(tmp_path) == shards(scored)
@@ -307,6 +308,7 @@ def test_errors_are_judged_again_when_asked(made, tmp_path):
     (tmp_path / "in/3.png").write_bytes(whole[:100])
     assert score_archive(made[1], tmp_path / "in", tmp_path / "out", workers=1, shard=2)["errors"] == 1
     (tmp_path / "in/3.png").write_bytes(whole)
+    (tmp_path / "out/stamps.json").unlink()  # as if it had been a failure of the disk, and no other picture
     assert score_archive(made[1], tmp_path / "in", tmp_path / "out", workers=1, shard=2)["errors"] == 1
     counts = score_archive(made[1], tmp_path / "in", tmp_path / "out", workers=1, shard=2, again=True)
     assert (counts["errors"], counts["judged"], counts["skipped"]) == (0, 1, 1)
@@ -429,3 +431,16 @@ def test_the_same_rows_are_the_same_bytes(made, pictures):
     data = archive.to_parquet(rows)
     assert data == archive.to_parquet(rows)
     assert pq.read_table(io.BytesIO(data)).to_pylist()[1]["file"] == "ü\\udcff.png"
+
+
+def test_results_within_the_archive_and_pictures_that_were_replaced(made, pictures, tmp_path):
+    copied = Path(shutil.copytree(pictures, tmp_path / "archive"))
+    n = score_archive(made[0], copied, copied / "scores", engine="local", workers=1)
+    again = score_archive(made[0], copied, copied / "scores", engine="local", workers=1)
+    assert again["judged"] == 0 and again["pictures"] == n["pictures"]
+    first = copied / "0.png"
+    Image.new("L", (64, 64), 9).save(first)
+    replaced = score_archive(made[0], copied, copied / "scores", engine="local", workers=1)
+    assert replaced["judged"] == 1 and replaced["shards"] == 1
+    row = next(r for r in read_scores(copied / "scores").to_pylist() if r["file"] == first.relative_to(copied).as_posix())
+    assert row["score"] == pytest.approx(Detector.load(made[0]).predict(first).score, abs=1e-5)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +231,13 @@ def test_doctor_command(made, ill, cli):
     (ill / "weights.safetensors").unlink()
     done = cli("doctor", f"run={ill}")
     assert done.code == 1 and "PROBLEM  weights.safetensors is missing" in done.out
+
+
+def test_recalibrate_keeps_what_is_guaranteed(made, tmp_path):
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    facts = json.loads((run / "detector.json").read_text())
+    facts["config"]["score"]["confidence"] = 0.95
+    (run / "detector.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="with 95% confidence, not .* Give 59 or more"):
+        recalibrate(run, made / "new", tmp_path / "out", target_fpr=0.05)
+    assert not (tmp_path / "out").exists()

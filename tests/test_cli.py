@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_errors_reach_the_shell():
 def test_help_and_predict_leave_fastai_alone(trained, good, tmp_path):
     code = f"""
 import sys
+import time
 from zipper_ad.cli import main
 for words in (["-h"], ["train", "-h"]):
     try:
@@ -205,10 +207,10 @@ def test_overwrite_trains_again(trained, cli, tmp_path):
 def test_overwrite_loses_nothing_when_it_fails(trained, refused, contents, tmp_path):
     run = shutil.copytree(trained.run, tmp_path / "run")
     before = contents(run)
-    refused("train", f"data={tmp_path / 'nowhere'}", f"out={run}", *trained.settings, "overwrite=true")
-    after = contents(run)
-    before.pop("log.txt"), after.pop("log.txt")
-    assert after == before
+    for wrong in (f"data={tmp_path / 'nowhere'}", "data.held_out=.05"):  # told before, and after the folder was opened
+        refused("train", f"data={trained.data}", f"out={run}", *trained.settings, wrong, "overwrite=true")
+        after = contents(run)
+        assert {k: v for k, v in after.items() if k != "log.txt"} == {k: v for k, v in before.items() if k != "log.txt"}
 
 
 @pytest.mark.parametrize(
@@ -832,3 +834,122 @@ def test_demo(cli, tmp_path):
 def test_demo_takes_no_data(trained, refused, tmp_path):
     small = ["n_train=24", "n_test=1", "size=64", "train.epochs=1", "model.widths=[8,16]", "model.latent=8"]
     assert "data" in refused("demo", f"out={tmp_path}", f"data={trained.data}", *small)
+
+
+# ---------------------------------------------------------------- one folder, one training, one detector
+
+
+def digests(run, *names):
+    return [hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names]
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    "A copy of the trained run."
+    return Path(shutil.copytree(trained.run, tmp_path / "copied"))
+
+
+def killed_while_overwriting(run, trained, epochs, at):
+    "Train over the run in a process of its own, and kill it when the function says so."
+    words = ["train", f"data={trained.data}", f"out={run}", *trained.settings, "seed=3", f"train.epochs={epochs}", "overwrite=true"]
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from zipper_ad.cli import main; sys.exit(main())", *words],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not at() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None and at()
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_overwrite_is_carried_on_and_the_old_detector_lasts_until_then(copied, trained, cli):
+    before = digests(copied, "detector.json", "weights.safetensors", "config.yaml")
+    killed_while_overwriting(copied, trained, 300, (copied / "checkpoints/state.safetensors").exists)
+    assert digests(copied, "detector.json", "weights.safetensors", "config.yaml") == before
+    assert cli("predict", f"run={copied}", f"input={trained.data / 'test/good'}", f"out={copied.parent / 'verdicts'}").code == 0
+    config = copied / "unfinished.yaml"
+    config.write_text(config.read_text().replace("epochs: 300", "epochs: 2"))  # the test need not wait for the rest
+    done = cli("train", f"out={copied}", "resume=true")
+    assert done.code == 0 and "finished" not in done.out and "detector:" in done.out
+    assert load_config(copied / "config.yaml").seed == 3 and digests(copied, "detector.json") != before[:1]
+    assert "finished" in cli("train", f"out={copied}", "resume=true").out and not config.exists()
+
+
+def test_what_was_measured_does_not_outlive_its_detector(copied, trained, cli):
+    assert cli("evaluate", f"run={copied}", f"data={trained.data}").code == 0 and "| image auroc |" in (copied / "card.md").read_text()
+    for name in ("recalibration.json", "report.html", "report.json", "detector-fp32.onnx"):
+        (copied / name).write_text("{}")
+    settings = [f"data={trained.data}", f"out={copied}", *trained.settings, "seed=7"]
+    assert cli("train", *settings).code == 2 and (copied / "metrics.json").exists()
+    assert cli("train", *settings, "overwrite=true").code == 0
+    left = {p.name for p in copied.iterdir()}
+    assert not left & {"metrics.json", "recalibration.json", "report.html", "report.json", "detector-fp32.onnx"}
+    assert "Not yet" in (copied / "card.md").read_text()
+
+
+@pytest.mark.parametrize("command, name", [("report", "detector.html"), ("report", "training.html"), ("bench", "detector.html"),
+                                           ("evaluate", "detector.json")])
+def test_no_command_writes_over_the_detector(copied, trained, refused, command, name):
+    before = digests(copied, "detector.json", "training.json")
+    data = [] if command == "bench" else [f"data={trained.data}"]
+    line = refused(command, f"run={copied}", *data, f"out={copied / name}")
+    assert "belongs to the detector there" in line and "report.json" in line
+    assert digests(copied, "detector.json", "training.json") == before
+
+
+def test_the_demo_spares_other_runs(copied, refused, cli):
+    before = digests(copied, "detector.json")
+    small = ["n_train=24", "n_test=1", "size=64", "train.epochs=1", "model.widths=[8,16]", "model.latent=8"]
+    assert "holds a detector already" in refused("demo", f"out={copied}", *small)
+    assert digests(copied, "detector.json") == before
+    assert cli("demo", f"out={copied.parent / 'demo'}", *small).code == 0
+    assert cli("demo", f"out={copied.parent / 'demo'}", *small).code == 0  # its own
+
+
+def test_two_trainings_do_not_share_a_folder(copied, trained, refused):
+    from zipper_ad.watch import lock_folder
+
+    held = lock_folder(copied, "train.lock", "training")
+    settings = [f"data={trained.data}", f"out={copied}", *trained.settings, "train.epochs=1", "overwrite=true"]
+    before = digests(copied, "detector.json")
+    assert "another training writes there" in refused("train", *settings)
+    assert digests(copied, "detector.json") == before
+    held.close()
+    assert main(["train", *settings]) == 0
+
+
+def test_a_start_that_knew_the_held_out_pictures_is_told(trained, cli, tmp_path):
+    settings = [f"data={trained.data}", *trained.settings, "train.epochs=1", f"train.start={trained.run}"]
+    same = cli("train", *settings, f"out={tmp_path / 'same'}")
+    other = cli("train", *settings, f"out={tmp_path / 'other'}", "seed=1")
+    assert same.code == other.code == 0 and "had learned from" not in same.err
+    assert "had learned from" in other.err and "pictures that set the threshold now" in other.err
+
+
+def test_quiet_predictions_warn_of_nothing(trained, cli, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/broken.png").write_bytes(b"no picture")
+    shutil.copy(sorted((trained.data / "test/good").iterdir())[0], tmp_path / "photos")
+    words = ["predict", f"run={trained.run}", f"input={tmp_path / 'photos'}", f"out={tmp_path / 'out'}"]
+    assert "broken.png" in cli(*words).err and "broken.png" not in cli(*words, "-q").err
+
+
+def test_a_terminal_without_the_letters(trained):
+    code = f"from zipper_ad.cli import main; raise SystemExit(main(['data', 'check', 'data={trained.data}']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"64?64" in done.stdout, done
+
+
+def test_pictures_of_one_stem_are_all_drawn(trained, cli, tmp_path):
+    folder = tmp_path / "data/test/good"
+    folder.mkdir(parents=True)
+    picture = Image.open(sorted((trained.data / "test/good").iterdir())[0])
+    for name in ("000.png", "000.bmp"):
+        picture.save(folder / name)
+    assert cli("visualize", f"run={trained.run}", f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}").code == 0
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
+
+
+def test_inputs_that_are_left_out_are_told(trained, predict, caplog):
+    rows, _, _ = predict(trained.data)
+    assert len(rows) == sum(p.is_file() for split in ("train", "test") for p in (trained.data / split).rglob("*"))  # and no masks

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -874,3 +875,47 @@ def test_real_photographs():
 def test_real_photographs_are_in_order():
     report = check_data(REAL)
     assert report.ok, str(report)
+
+
+def test_good_in_other_letters(mvtec):
+    (mvtec / "test/good").rename(mvtec / "test/Good")
+    report = check_data(mvtec)
+    assert any(re.match("test/Good: would be taken for a kind of defect", p) for p in report.problems)
+    with pytest.raises(InputError, match="Rename it to good"):
+        find_items(mvtec, "test")
+
+
+def test_two_pictures_of_one_mask(mvtec):
+    image = Image.open(mvtec / "test/scratch/000.png")
+    image.save(mvtec / "test/scratch/000.bmp")
+    assert any("would be the mask of 000.bmp and of 000.png" in p for p in check_data(mvtec).problems)
+
+
+def test_a_plain_folder_tells_what_it_leaves_out(tmp_path):
+    for name in ("a.png", "b.png", "line2/c.png", ".hidden/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, picture(ord(name[-5])))
+    (tmp_path / "e.HEIC").write_text("x")
+    notes = " ".join(check_data(tmp_path).notes)
+    assert "1 image in folders that are not looked into, for example line2" in notes and "1 .HEIC" in notes
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no room")
+def test_a_full_disk_while_the_cache_is_written_is_an_error(mvtec, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="the cache cannot be written.*No space left"):
+        AnomalyDataset(mvtec, "train", size=32, cache="disk", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob(".part-*"))
+
+
+def test_what_a_kill_left_in_the_cache_goes_after_a_day(mvtec, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, age in ((".part-old.npy", 90000), (".part-new.npy", 60)):
+        (cache / name).write_text("x")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    dataset = AnomalyDataset(mvtec, "train", size=32, cache="disk", cache_dir=cache)
+    assert len(dataset) and [p.name for p in cache.glob(".part-*")] == [".part-new.npy"]

@@ -108,6 +108,18 @@ def test_a_pickle_within_an_exported_archive(form, exported, marker, tmp_path):
     assert refused
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_with_two_entries_of_one_name(exported, tmp_path):
+    "One of them might be looked at, and the other loaded."
+    source, file = exported["torch"], tmp_path / "detector-fp32.pt2"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            for _ in range(1 + name.endswith("weights_config.json")):
+                new.writestr(name, old.read(name))
+    with pytest.raises(InputError, match="two entries of one name"):
+        Predictor(file)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_json_beside_an_exported_file(form, exported, marker, tmp_path):
     file = Path(shutil.copy(exported["onnx"], tmp_path))

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'FORMAT', 'open_store', 'Archive', 'open_archive', 'Shard', 'cut', 'fetch', 'ahead', 'read_shard',
            'find_regions', 'judge_rows', 'row_schema', 'to_parquet', 'pack_judge', 'digest_of', 'unpack_judge', 'Job',
            'run_local', 'start_ray', 'run_ray', 'describe_job', 'claim', 'shard_path', 'unfinished', 'read_scores',
-           'count_rows', 'plan_job', 'score_archive', 'estimate']
+           'count_rows', 'plan_job', 'forget_replaced', 'score_archive', 'estimate']
 
 # %% ../nbs/62_archive.ipynb #a77d425c
 import contextlib
@@ -64,7 +64,7 @@ def open_store(
 # %% ../nbs/62_archive.ipynb #03915c6c
 @dataclass
 class Archive:
-    "What stands at an address: names of pictures, or Parquet files with the number of their rows."
+    "What stands at an address: pictures, or Parquet files with the number of their rows."
 
     address: str  # as it was given
     kind: str  # "pictures" or "parquet"
@@ -72,6 +72,7 @@ class Archive:
     rows: list[int] = field(default_factory=list)  # in each Parquet file
     image: str = ""  # column of the pictures' bytes
     name: str = ""  # column of their names; empty: file and row are the name
+    stamps: list[str] = field(default_factory=list)  # size and time, or the like, of each file: another one where it was replaced
 
     def __len__(self):
         return sum(self.rows) if self.kind == "parquet" else len(self.names)
@@ -85,6 +86,17 @@ class Archive:
         return sha.hexdigest()
 
 # %% ../nbs/62_archive.ipynb #8cbe3b18
+def _files(store, root: str) -> dict[str, str]:
+    "The name of each file below an address, without hidden ones and results, and its stamp; sorted."
+    infos = {root: store.info(root)} if store.isfile(root) else store.find(root, detail=True)
+    base = root.rpartition("/")[0] if root in infos else root
+    names = {file[len(base) :].lstrip("/"): info for file, info in infos.items()}
+    results = {n.rpartition("/")[0] for n in names if n.rpartition("/")[2] == "archive.json"}
+    stamp = lambda i: f"{i.get('size')} {next((i[k] for k in ('ETag', 'etag', 'mtime', 'LastModified') if k in i), '')}"  # noqa: E731
+    return {n: stamp(info) for n, info in sorted(names.items())
+            if n.rpartition("/")[0] not in results and not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))}
+
+# %% ../nbs/62_archive.ipynb #b9d28513
 def open_archive(
     address: str | Path,  # folder, Parquet file, or an address that fsspec opens
     image: str = "",  # column with the bytes of the pictures, for Parquet; empty: the one that has the type
@@ -92,19 +104,16 @@ def open_archive(
 ) -> Archive:
     "List an archive. Raises `InputError` where it is empty, mixed, or its Parquet has no such columns."
     store, root = open_store(address)
-    found = [root] if store.isfile(root) else store.find(root)
-    base = root.rpartition("/")[0] if found == [root] else root
-    names = sorted(f[len(base) :].lstrip("/") for f in found)
-    names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
-    pictures = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-    parquet = [n for n in names if n.lower().endswith(".parquet")]
+    files = _files(store, root)
+    pictures = [n for n in files if n.lower().endswith(IMAGE_SUFFIXES)]
+    parquet = [n for n in files if n.lower().endswith(".parquet")]
     if pictures and parquet:
         raise InputError(f"{address}: holds {len(pictures)} images and {len(parquet)} Parquet files. Give a folder with one kind.")
     if not pictures and not parquet:
         raise InputError(f"{address}: no images there. They end with {', '.join(IMAGE_SUFFIXES)}, or .parquet.")
-    if pictures:
-        return Archive(str(address), "pictures", pictures)
-    return _describe_parquet(Archive(str(address), "parquet", parquet, image=image, name=name), store, base)
+    names = pictures or parquet
+    archive = Archive(str(address), "pictures" if pictures else "parquet", names, stamps=[files[n] for n in names])
+    return archive if pictures else _describe_parquet(replace(archive, image=image, name=name), store, _base(store, root))
 
 # %% ../nbs/62_archive.ipynb #18f593d7
 _NAME_COLUMNS = ("file", "name", "path", "filename", "file_name", "key", "id")
@@ -463,7 +472,7 @@ def _told():
 # %% ../nbs/62_archive.ipynb #87075904
 def _without_names(job: Job) -> Job:
     "The job without the archive's names: a worker gets its own with each shard."
-    return replace(job, archive=replace(job.archive, names=[], rows=[]))
+    return replace(job, archive=replace(job.archive, names=[], rows=[], stamps=[]))
 
 
 @contextlib.contextmanager
@@ -733,6 +742,28 @@ def _write(path: Path, data: bytes):
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 # %% ../nbs/62_archive.ipynb #b07b1692
+def forget_replaced(
+    out: Path,  # folder of the results
+    archive: Archive,  # as it is now
+    shards: list[Shard],  # all of it
+) -> list[int]:
+    "Remove shards with files that were replaced since they were judged, and note how all files are now; the numbers of those removed."
+    stamps, file = dict(zip(archive.names, archive.stamps, strict=True)), out / "stamps.json"
+    now = [hashlib.sha256("\n".join(stamps[n] for n in s.names).encode()).hexdigest()[:16] for s in shards]
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = now
+    found = [i for i, (a, b) in enumerate(zip(known, now, strict=False)) if a != b and shard_path(out, i).exists()]
+    for i in found:
+        shard_path(out, i).unlink()
+    if found:
+        logger.warning("%s: %d of %d shards hold pictures that were replaced since, and are judged again.", out, len(found), len(shards))
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(now), encoding="utf-8")
+    return found
+
+# %% ../nbs/62_archive.ipynb #2ae1dd19
 def score_archive(
     run: str | Path,  # a run's folder, or an exported file
     data: str | Path,  # folder of images, Parquet, or an address that fsspec opens
@@ -750,6 +781,7 @@ def score_archive(
     function, how = _engine(engine, workers, address, job.archive)
     shards = cut(job.archive, shard)
     claim(out, describe_job(job, shard), str(data))
+    forget_replaced(out, job.archive, shards)
     waiting = unfinished(out, shards, again)
     with tqdm(total=len(shards), initial=len(shards) - len(waiting), desc="judging", unit="shard", disable=not progress) as bar:
         for number, found in function(job, waiting, *how) if waiting else ():

@@ -36,7 +36,7 @@ from .detector import FORMAT, Detector, versions
 from .drift import drift_test
 from .picture import SUFFIXES
 from .report import count_of, flatten
-from .threshold import Threshold, _rates, smallest_fpr
+from .threshold import Threshold, _rates, smallest_fpr, smallest_guaranteed_fpr
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,17 @@ def _trained_on(detector: Detector) -> set[str]:
     return {hashes[i] for i in split_normals(known.items, d.held_out, detector.config.seed)[0]} if known else set()
 
 # %% ../nbs/63_care.ipynb #9e2e1b4c
+def _check_number(n: int, rate: float, confidence: float, data):
+    "Raises `InputError` where n photographs cannot promise the rate: on average, or with the confidence, which is 0 for on average."
+    least, needed = smallest_fpr(n), math.ceil(1 / rate - 1 - 1e-6)
+    if confidence:
+        least, needed = smallest_guaranteed_fpr(n, confidence), math.ceil(math.log(1 - confidence) / math.log1p(-rate) - 1e-9)
+    if n < needed:
+        how = f" with {confidence:.0%} confidence" if confidence else ""
+        raise InputError(f"{data}: {n} distinct photographs promise a false-alarm rate of {least:.1%}{how}, not {rate:.1%}. "
+                         f"Give {needed} or more, or say target_fpr={math.ceil(100 * least) / 100:g}.")
+
+# %% ../nbs/63_care.ipynb #a3f0cf7b
 def recalibrate(
     run: str | Path,  # a run's folder; not changed
     data: str | Path,  # new photographs of good parts: a folder of them, or one with train/good
@@ -104,10 +115,7 @@ def recalibrate(
     if seen := sum(h in trained for h in new.hashes):
         raise InputError(f"{data}: {seen} of {len(new)} photographs were trained on, so their scores are too low. Give new ones.")
     distinct = [new.hashes.index(h) for h in dict.fromkeys(new.hashes)]
-    if len(distinct) < (needed := math.ceil(1 / rate - 1 - 1e-6)):
-        least = smallest_fpr(len(distinct))
-        raise InputError(f"{data}: {len(distinct)} distinct photographs promise a false-alarm rate of {least:.1%}, not {rate:.1%}. "
-                         f"Give {needed} or more, or say target_fpr={math.ceil(100 * least) / 100:g}.")
+    _check_number(len(distinct), rate, detector.config.score.confidence, data)
     old, before = detector.threshold, detector.calibration_scores
     detector.config.score.target_fpr = rate
     detector._set_threshold(new.batch(distinct))

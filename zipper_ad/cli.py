@@ -12,10 +12,12 @@ __all__ = ['logger', 'COMMANDS', 'EXAMPLES', 'TRAIN_OPTIONS', 'TRAIN_EXAMPLES', 
 import argparse
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -185,6 +187,9 @@ def main(
     arguments: list[str] | None = None,  # the words after `zipper_ad`; None: those of the shell
 ) -> int:
     "Run one command. Returns the exit code: 0 for success, 1 for findings or nothing done, 2 for wrong input, 130 when interrupted."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal does not have is no reason to stop
     arguments = _parse_arguments(arguments)
     _log_to_terminal(arguments)
     try:
@@ -256,23 +261,56 @@ def data_fetch(pairs):
     print(fetch_mvtec(out, **({"url": url} if url else {})))
 
 # %% ../nbs/50_cli.ipynb #72e5d26d
+def _settings_of(folder: Path) -> Path:
+    "The file with the settings of the run's last training."
+    unfinished = folder / "unfinished.yaml"
+    return unfinished if unfinished.exists() else folder / "config.yaml"
+
+
+def _is_finished(folder: Path) -> bool:
+    "Whether the run's last training has ended: there is a detector, and none that was begun after it."
+    begun = ("unfinished.yaml", "checkpoints/state.safetensors")
+    return (folder / "detector.json").exists() and not any((folder / name).exists() for name in begun)
+
+# %% ../nbs/50_cli.ipynb #927519aa
+class _RunLog(logging.FileHandler):
+    "The log of a run. Its folder is held until it is closed. Raises `InputError` where another training holds it."
+
+    def __init__(self, folder: Path):
+        from zipper_ad.watch import HeldError, lock_folder
+
+        super().__init__(folder / "log.txt", encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setLevel(logging.INFO)
+        self.held = None
+        try:
+            self.held = lock_folder(folder, "train.lock", "training")
+        except HeldError:
+            self.close()
+            raise
+        except InputError as e:  # a disk that knows no locks
+            logger.warning("%s Until then see to it that no other training writes there.", e)
+
+    def close(self):
+        super().close()
+        if self.held:
+            self.held.close()
+
+# %% ../nbs/50_cli.ipynb #880b1649
 def _open_run(out: str, overwrite: bool, resume: bool = False) -> Path:
     "The run's folder, made if need be. Raises `InputError` where a detector would be lost or nothing can be written."
     folder = Path(out)
-    if (folder / "detector.json").exists() and not overwrite:
+    if (folder / "detector.json").exists() and not overwrite and not (resume and not _is_finished(folder)):
         raise InputError(f"{folder}: holds a detector already. Choose another out=, or say overwrite=true.")
     if (folder / "checkpoints/state.safetensors").exists() and not (overwrite or resume):
         raise InputError(f"{folder}: holds an unfinished training. Say resume=true to carry on, or overwrite=true to begin anew.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("zipper_ad").addHandler(_RunLog(folder))
         for file in folder.rglob(".part-*") if resume else ():  # what a kill left half-written
             file.unlink(missing_ok=True)
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     except OSError as e:
         raise InputError(f"{folder}: cannot be written to ({e.strerror}). Choose another out=.") from e
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.setLevel(logging.INFO)
-    logging.getLogger("zipper_ad").addHandler(handler)
     return folder
 
 # %% ../nbs/50_cli.ipynb #21432453
@@ -299,7 +337,44 @@ def _check_early(config):
 
         start_from(Restorer(config.model), config.train.start)
 
+# %% ../nbs/50_cli.ipynb #e57876cf
+def _warn_of_seen(config, dataset, split):
+    "Warn where the run that the training started from had learned from pictures that are held out now."
+    from zipper_ad.care import _trained_on
+    from zipper_ad.detector import Detector
+
+    run = config.train.start
+    if not run or not (Path(run) / "detector.json").exists():
+        return
+    before = _trained_on(Detector.load(run))
+    if seen := sum(dataset.hashes[i] in before for i in split.calibration):
+        logger.warning("train.start=%s: had learned from %d of the %d pictures that set the threshold now, which makes it too low. "
+                       "Take its seed and data.held_out.", run, seen, len(split.calibration))
+
 # %% ../nbs/50_cli.ipynb #9822089f
+_MADE_OF_IT = ("metrics.json", "recalibration.json", "report.html", "report.json", "report.pdf", "detector-*")
+
+
+def _forget_former(folder: Path):
+    "Remove what belongs to the detector that is about to be replaced."
+    for file in (f for name in _MADE_OF_IT for f in folder.glob(name) if f.is_file()):
+        logger.info("%s: removed, it belonged to the detector before this one", file)
+        file.unlink()
+
+# %% ../nbs/50_cli.ipynb #ff5c1954
+@contextmanager
+def _unfinished(config, folder: Path):
+    "Notes the settings of a training that is under way; the note goes where nothing was begun that could be carried on."
+    for file in ("unfinished.yaml", *([] if (folder / "detector.json").exists() else ["config.yaml"])):
+        save_config(config, folder / file)
+    try:
+        yield
+    except InputError:
+        if not (folder / "checkpoints/state.safetensors").exists():
+            (folder / "unfinished.yaml").unlink(missing_ok=True)
+        raise
+
+# %% ../nbs/50_cli.ipynb #a0d767ba
 def _train(config, folder: Path, resume: bool = False):
     "Train, calibrate and save: the detector. Of several processes only the first has it, the others None."
     from zipper_ad.care import write_card
@@ -310,30 +385,32 @@ def _train(config, folder: Path, resume: bool = False):
     from zipper_ad.resume import forget_state
     from zipper_ad.training_report import read_history, training_report
 
-    if not (folder / "detector.json").exists() and is_main():
-        save_config(config, folder / "config.yaml")
-    learn, dataset, split = train_autoencoder(config, folder, terminal=True, resume=resume)
+    with _unfinished(config, folder) if is_main() else nullcontext():
+        learn, dataset, split = train_autoencoder(config, folder, terminal=True, resume=resume)
     if not is_main():
         return None
+    _warn_of_seen(config, dataset, split)
     if not read_history(folder):
         logger.warning("the minutes were over before the first epoch was: this detector has learned nothing. Give more: train.minutes=…")
-    save_config(config, folder / "config.yaml")
     detector = Detector.fit(
         learn, dataset.batch(split.calibration), config, reference=dataset.batch(reference_indices(split)),
         fingerprint=fingerprint([dataset.items[i] for i in split.train]), upright=learn.dls.upright, device=learn.dls.device,
     )
+    _forget_former(folder)
+    save_config(config, folder / "config.yaml")
     detector.save(folder)
     forget_state(folder)
+    (folder / "unfinished.yaml").unlink(missing_ok=True)
     training_report(folder)
     write_card(folder)
     logger.info("trained on %d normal pictures, threshold %.4g from %d others", len(split.train), detector.threshold.value,
                 detector.threshold.n_calibration)
     return detector
 
-# %% ../nbs/50_cli.ipynb #ff5c1954
+# %% ../nbs/50_cli.ipynb #2c1b9823
 def _stored_config(pairs: dict, out: str):
     "The settings of a run that is to be carried on. Raises `InputError` where others are asked for, or where there is no run."
-    config = load_config(Path(out) / "config.yaml")
+    config = load_config(_settings_of(Path(out)))
     words = {"model": config.model.name, "preset": config.preset}
     for name, stored in words.items():
         if pairs.get(name, stored) != stored:
@@ -423,9 +500,9 @@ def train(pairs, cfg=None, config=None, multirun=False):
         return print(config_text(_new_config(pairs, config)), end="")
     if resume and config:
         raise InputError("--config: resume=true carries on with the settings of the run itself. Leave one of them out.")
-    if resume and (Path(out) / "detector.json").exists():
+    if resume and _is_finished(Path(out)):
         return print(f"{out}: this training is finished; there is nothing to carry on.")
-    stored = resume and (Path(out) / "config.yaml").exists()
+    stored = resume and _settings_of(Path(out)).exists()
     config = _stored_config(pairs, out) if stored else _need_data(_new_config(pairs, config))
     _check_early(config)
     return _train_here(config, out, overwrite, resume) if processes == 1 else _train_by(processes, config, given)
@@ -520,6 +597,16 @@ def write_json(
         temporary.write_text(json.dumps(facts, indent=1))
 
 # %% ../nbs/50_cli.ipynb #55b4cc00
+_OWN = {"detector.json", "weights.safetensors", "config.yaml", "training.json", "recalibration.json", "history.csv"}
+
+
+def _spare_detector(file: Path):
+    "Raises `InputError` where the file is a part of the run in its folder."
+    if file.name in _OWN and (file.parent / "detector.json").exists():
+        raise InputError(f"{file}: belongs to the detector there, which would be lost. Give out= another name, for example "
+                         f"{file.with_name('report' + file.suffix)}.")
+
+# %% ../nbs/50_cli.ipynb #ef96437c
 @command("evaluate")
 def evaluate(pairs):
     "Measure a detector on labelled pictures: run=RUN data=DIR [out=FILE]"
@@ -531,6 +618,7 @@ def evaluate(pairs):
     _nothing_left(pairs, ["run", "data", "out", "device"])
     if Path(out).is_dir():
         raise InputError(f"{out}: is a folder. Give out= the name of a file, for example {out}/metrics.json.")
+    _spare_detector(Path(out))
     metrics, *_ = Detector.load(run, device).evaluate(root, progress=True)
     write_json(metrics, out)
     if Path(out) == Path(run) / "metrics.json":
@@ -571,6 +659,7 @@ def report(pairs):
     _nothing_left(pairs, ["run", "data", "out", "device", "pdf"])
     if out.is_dir():
         raise InputError(f"{out}: is a folder. Give out= the name of a file, for example {out}/report.html.")
+    _spare_detector(out.with_suffix(".json"))
     detector = Detector.load(run, device)
     metrics, verdicts, dataset = detector.evaluate(root, progress=True)
     write_json(metrics, out.with_suffix(".json"))
@@ -591,8 +680,9 @@ def visualize(pairs):
     detector = Detector.load(run, device)
     _, verdicts, dataset = detector.evaluate(root, n_bootstrap=0, progress=True)
     masks, scores, maps = dataset.true_masks(), [v.score for v in verdicts], [v.anomaly_map for v in verdicts]
+    stems = Counter((kind, v.path.stem) for kind, v in zip(dataset.kinds, verdicts, strict=True))
     for verdict, mask, kind in zip(verdicts, masks, dataset.kinds, strict=True):
-        name = f"{kind}_{verdict.path.stem}"
+        name = f"{kind}_{verdict.path.stem if stems[kind, verdict.path.stem] == 1 else verdict.path.name}"
         _save_figure(lambda v=verdict, m=mask, k=kind: show_verdict(v, m, detector.map_scale, k), out / "pictures" / f"{name}.png")
     _save_figure(lambda: plot_scores(scores, dataset.kinds, detector.threshold), out / "scores.png")
     _save_figure(lambda: plot_roc(dataset.labels, scores, detector.threshold), out / "roc.png")
@@ -747,7 +837,9 @@ def predict(pairs):
     _nothing_left(pairs, ["run", "input", "out", "pictures", "device"])
     detector, paths, rows = _judge(run, device), find_inputs(source), []
     verdicts = tqdm(detector.predict_each(paths), total=len(paths), desc="judging", disable=len(paths) < 2)
+    level = logger.handlers[0].level
     with logging_redirect_tqdm([logger]):
+        logger.handlers[-1].setLevel(level)  # the one that it has put in place of the terminal's
         for v, name in zip(verdicts, _names_below(paths), strict=True):
             rows.append([v.path, v.score, v.p_value, v.is_anomalous, detector.threshold.value, v.error or ""])
             if v.error and len(paths) > 1:
@@ -798,6 +890,7 @@ def bench(pairs):
         raise InputError("batch: give numbers of pictures, for example batch=[1,8].") from e
     threads, rounds = _option(pairs, "threads", 2), _option(pairs, "rounds", 30)
     _nothing_left(pairs, ["run", "data", "out", "backends", "precisions", "batch", "threads", "rounds"])
+    _spare_detector(out.with_suffix(".json"))
     detector = Detector.load(run)
     pictures, paths = _training_pictures(detector, root)
     files = export_all(detector, out.with_suffix(""), backends, precisions, pictures)
@@ -913,6 +1006,12 @@ def serve(pairs):
 DEMO_NOTE = "rendered zippers, not photographs"
 DEMO_EPOCHS = 40  # about four minutes on two processor cores
 
+
+def _is_demo(folder: Path) -> bool:
+    "Whether the folder holds a demo, finished or not, and no other run."
+    file = _settings_of(folder)
+    return file.exists() and Path(load_config(file).data.root).resolve().parent == folder.resolve()
+
 # %% ../nbs/50_cli.ipynb #0fa9236c
 @command("demo")
 def demo(pairs):
@@ -920,13 +1019,13 @@ def demo(pairs):
     from zipper_ad.care import write_card
 
     out, n_train, n_test = Path(_option(pairs, "out", "runs/demo")), _option(pairs, "n_train", 200), _option(pairs, "n_test", 20)
-    size, seed = _option(pairs, "size", 256), _option(pairs, "seed", 0)
+    size, seed, overwrite = _option(pairs, "size", 256), _option(pairs, "seed", 0), _option(pairs, "overwrite", False)
     if "data" in pairs or "data.root" in pairs:
         raise InputError("data=…: the demo renders its own pictures. For yours: zipper_ad train data=… out=…")
     settings = {"train.epochs": DEMO_EPOCHS, "train.minutes": 4.7, "data.size": size, "seed": seed} | pairs
     data = out / f"data-{n_train}-{n_test}-{size}-{seed}"
     config = make_config([f"{k}={v}" for k, v in settings.items()] + [f"data={data}"])
-    folder = _open_run(str(out), overwrite=True)
+    folder = _open_run(str(out), overwrite or _is_demo(out))
     if not (data / "synth.json").exists():
         data_render({"out": str(data), "n_train": str(n_train), "n_test": str(n_test), "size": str(size), "seed": str(seed)})
     detector = _train(config, folder)

@@ -107,9 +107,16 @@ def _train_items(root):
     return [Item(p, "good", 0) for p in paths]
 
 
+def _miscalled(kind: Path) -> bool:
+    "Whether a folder's name says good, but not in small letters."
+    return kind.name != "good" and kind.name.lower() == "good"
+
+
 def _test_items(root):
     "All test images with their kinds and masks."
     kinds = _kinds(root / "test")
+    for kind in filter(_miscalled, kinds):
+        raise InputError(f"{kind}: would be taken for a kind of defect. Rename it to good, in small letters.")
     items = [Item(p, k.name, int(k.name != "good"), None if k.name == "good" else _mask_of(root, k.name, p.stem))
              for k in kinds for p in list_images(k)]
     if not items:
@@ -242,13 +249,21 @@ def _open_cache(file, shape):
 
 
 def _remove_older(file):
-    "Remove caches of the same folder and settings in another state."
-    for old in file.parent.glob(file.name.split("-")[0] + "-*"):
+    "Remove caches of the same folder and settings in another state, and what was left half-written a day ago."
+    left = [part for part in file.parent.glob(".part-*") if time.time() - part.stat().st_mtime > 86400]
+    for old in [*file.parent.glob(file.name.split("-")[0] + "-*"), *left]:
         if old.stem != file.stem:
             with contextlib.suppress(OSError):  # another process on Windows may have it open
                 old.unlink()
 
 # %% ../nbs/02_data.ipynb #a58838bb
+def _reserve(file):
+    "Take the room of a file that is mapped into memory, so that a full disk is an error now and no crash while pixels are written."
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+
+
 def _from_disk(folder, paths, stamps, shape):
     "Pixels and content hashes from the cache on disk, which is made first if need be."
     file = _cache_file(folder, paths, stamps, shape)
@@ -258,6 +273,7 @@ def _from_disk(folder, paths, stamps, shape):
     try:
         with atomic_path(file) as temporary, atomic_path(file.with_suffix(".json")) as hashes:
             pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape=shape)
+            _reserve(temporary)
             hashes.write_text(json.dumps(_decode_all(paths, pixels)))
             pixels.flush()
             del pixels
@@ -873,6 +889,8 @@ def _check_folders(report, sections):
         if name.startswith("train/") and name != "train/good" and paths:
             report.problems.append(f"{name}: {_count(paths)} in a folder that is not called good. "
                                    "Training takes good parts only: move them to test/.")
+        elif _miscalled(report.root / name):
+            report.problems.append(f"{name}: would be taken for a kind of defect. Rename it to good, in small letters.")
         elif not paths:
             remedy = " Put the photographs right into this folder, or good ones into train/good." if name == "good" else ""
             report.problems.append(f"{name}: no images.{remedy}")
@@ -881,7 +899,7 @@ def _check_folders(report, sections):
     if (report.root / "test").is_dir() and not sections.get("test/good"):
         report.notes.append("test/good: no good test images. Image AUROC and the observed false-alarm rate cannot be computed.")
 
-
+# %% ../nbs/02_data.ipynb #717542e0
 def _check_files(report, facts):
     "Unreadable files, several sizes, no contrast."
     for name, fact in facts.items():
@@ -941,6 +959,7 @@ def _check_masks(report, sections, facts):
         of = {p: _mask_of(root, kind, p.stem) for p in sections[section]}
         masks = {p: m for p, m in of.items() if m}
         used |= set(masks.values())
+        report.problems += _shared_masks(root, masks)
         problems = []
         for (path, mask), fact in zip(masks.items(), _in_threads(_examine, list(masks.values()), "reading masks"), strict=True):
             why = _mask_problem(fact, facts[path.relative_to(root).as_posix()])
@@ -964,16 +983,31 @@ def _orphan_masks(root, used):
     masks = [m for k in _kinds(root / "ground_truth") if k.name != "good" for m in list_images(k) if m not in used]
     return [f"{m.relative_to(root).as_posix()}: belongs to no image in test/{m.parent.name}. Rename or remove it." for m in masks]
 
+# %% ../nbs/02_data.ipynb #9e137873
+def _shared_masks(root, masks):
+    "Masks that belong to several images, given each image's mask."
+    images = defaultdict(list)
+    for image, mask in masks.items():
+        images[mask].append(image.name)
+    return [f"{mask.relative_to(root).as_posix()}: would be the mask of {' and of '.join(names)}. Rename one, and its own mask with it."
+            for mask, names in images.items() if len(names) > 1]
 
-def _check_others(report):
-    "Files that are not looked at."
-    ignored = Counter()
-    for split in ("train", "test"):
-        for file in (report.root / split).glob("*/*"):
-            if file.is_file() and _visible(file) and file.suffix.lower() not in IMAGE_SUFFIXES:
+# %% ../nbs/02_data.ipynb #e5ea5a76
+def _check_others(report, images):
+    "Files that are not looked at: no images by their names, or images in folders that are not looked into."
+    splits = [folder for folder in (report.root / "train", report.root / "test") if folder.is_dir()]
+    ignored, below = Counter(), []
+    for folder in splits or [report.root]:
+        for file in sorted(f for f in folder.rglob("*") if f.is_file() and all(map(_visible, [f, *f.relative_to(folder).parents][:-1]))):
+            if file.suffix.lower() not in IMAGE_SUFFIXES:
                 ignored[file.suffix or file.name] += 1
+            elif file not in images:
+                below.append(file)
     if ignored:
         report.notes.append(f"skipped, not images by their names: {', '.join(f'{n} {s}' for s, n in ignored.most_common(5))}.")
+    if below:
+        where = below[0].parent.relative_to(report.root).as_posix()
+        report.notes.append(f"{_count(below)} in folders that are not looked into, for example {where}: move them up.")
 
 # %% ../nbs/02_data.ipynb #e399fbb3
 def check_data(
@@ -991,5 +1025,5 @@ def check_data(
     _check_files(report, facts)
     _check_duplicates(report, facts)
     _check_masks(report, sections, facts)
-    _check_others(report)
+    _check_others(report, set(paths))
     return report

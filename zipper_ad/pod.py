@@ -435,6 +435,15 @@ def _climb_signal(x, scores, floor: float, ceiling: float) -> tuple[np.ndarray, 
     return theta, np.linalg.inv(-hessian)
 
 # %% ../nbs/35_pod.ipynb #9ada8228
+def _why_no_line(x: np.ndarray, y: np.ndarray) -> str:
+    "Why no line can be fitted to scores y over sizes x, both of defects that are not censored; else empty."
+    if len(x) < 5 or not x.std() > 1e-9 or not y.std() > 1e-9:
+        return "fewer than five different sizes with a score between floor and ceiling: no line. Test more."
+    if np.abs(y - np.polynomial.Polynomial.fit(x, y, 1)(x)).max() < 1e-9 * y.std():  # the likelihood has no maximum
+        return "the scores lie on a line without any scatter, as measured ones never do: no curve. Are they copies of the sizes?"
+    return ""
+
+# %% ../nbs/35_pod.ipynb #19eca611
 def fit_signal(
     sizes,  # (N,) of the defects, above 0
     scores,  # (N,) of the detector, higher is more anomalous
@@ -452,12 +461,8 @@ def fit_signal(
     x = np.log(sizes) if log else sizes
     pod = POD(sizes, scores > threshold, "no curve", "probit", log, level)
     seen = (scores > floor) & (scores < ceiling)
-    if seen.sum() < 5 or not x[seen].std() > 1e-9 or not scores[seen].std() > 1e-9:
-        pod.notes.append("fewer than five different sizes with a score between floor and ceiling: no line. Test more.")
-        return pod
-    line = np.polynomial.Polynomial.fit(x[seen], scores[seen], 1)
-    if np.abs(scores[seen] - line(x[seen])).max() < 1e-9 * scores[seen].std():
-        pod.notes.append("the scores lie on a line without any scatter, as measured ones never do: no curve. Are they copies of the sizes?")
+    if why := _why_no_line(x[seen], scores[seen]):
+        pod.notes.append(why)
         return pod
     theta, covariance = _climb_signal(x, scores, floor, ceiling)
     turn = np.array([[1, 0, -threshold], [0, 1, 0]])

@@ -162,7 +162,9 @@ def refuse_pickles(
     "Raises `InputError` where loading the archive would unpickle, or run machine code; nothing of it is loaded."
     torch = need("torch", f"{file.name}:", "")
     with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
+        if len(names := archive.namelist()) > len(set(names)):
+            raise InputError(f"{file}: holds two entries of one name, so what is looked at here need not be what is loaded. Export again.")
+        for name in names:
             kind = Path(name).suffix
             data = archive.read(name) if kind in (".json", ".pt") else b""
             bad = kind in (".so", ".cubin", ".pkl") or "custom_obj" in name or "opaque_obj" in name

@@ -20,7 +20,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import _check_early, _need_data, _open_run, _train, logger, write_json
+from .cli import _check_early, _is_finished, _need_data, _open_run, _settings_of, _train, logger, write_json
 from zipper_ad.config import (
     Config,
     compare_configs,
@@ -115,7 +115,7 @@ def check_folder(
     "Raise `InputError` where the folder holds a training of other settings."
     if not (folder / "detector.json").exists() and not (folder / "checkpoints/state.safetensors").exists():
         return
-    for name, (stored, wanted) in compare_configs(load_config(folder / "config.yaml"), job.config).items():
+    for name, (stored, wanted) in compare_configs(load_config(_settings_of(folder)), job.config).items():
         if name not in BESIDE and (name, wanted) != ("data.pose", "auto"):
             raise InputError(f"{folder}: was trained with {name}={stored}, not {wanted}. Choose another out=, or say overwrite=true.")
 
@@ -150,14 +150,15 @@ def run_job(
     "Train one job, carry on with it, or leave it where it is finished: {status, minutes, error}. What fails is told there, not raised."
     from zipper_ad.resume import read_state
 
-    if (folder / "detector.json").exists() and not overwrite:
+    if _is_finished(folder) and not overwrite:
         return {"status": "there already"}
+    carry_on, overwrite = not overwrite, overwrite or (folder / "detector.json").exists()  # one whose successor did not end
     start = time.monotonic()
     facts = {"status": "trained", "minutes": None, "error": ""}
     try:
         with _own_log():
             _check_early(config)
-            state = None if overwrite else read_state(folder)
+            state = read_state(folder) if carry_on else None
             _train(config, _open_run(str(folder), overwrite, state is not None), state is not None)
             seconds = time.monotonic() - start + (state[1].get("seconds", 0) if state else 0)
             facts |= {"status": "carried on" if state else "trained", "minutes": round(seconds / 60, 3)}
@@ -297,7 +298,7 @@ def run_sweep(
         _need_data(job.config)
         if not overwrite:
             check_folder(job, out / job.name)
-        there[job.name] = (out / job.name / "detector.json").exists() and not overwrite
+        there[job.name] = _is_finished(out / job.name) and not overwrite
     print(f"{len(jobs)} trainings below {out}, {sum(there.values())} of them finished before")
     for job in jobs:
         if not there[job.name]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'VERDICTS', 'COLUMNS', 'Stamp', 'stamp_of', 'walk_images', 'digest_of', 'Waiting', 'Queue', 'Bands',
-           'calibration_of', 'make_bands', 'printable', 'Ledger', 'read_verdicts', 'audit', 'lock_folder', 'Drift',
-           'WatchSettings', 'detector_key', 'Watcher', 'Reading', 'heatmap_name', 'stop_on_signals', 'plot_watch']
+           'calibration_of', 'make_bands', 'printable', 'Ledger', 'read_verdicts', 'audit', 'HeldError', 'lock_folder',
+           'Drift', 'WatchSettings', 'detector_key', 'Watcher', 'Reading', 'heatmap_name', 'stop_on_signals',
+           'plot_watch']
 
 # %% ../nbs/60_watch.ipynb #62e0d453
 import contextlib
@@ -358,18 +359,24 @@ def audit(
     return {"verdicts": len(rows), "lost": lost, "repeated": repeated, "csv_differs": differs, "heatmaps_missing": missing}
 
 # %% ../nbs/60_watch.ipynb #448c8453
+class HeldError(InputError):
+    "Another process holds the folder."
+
+
 def lock_folder(
     out: str | Path,  # the folder; made if need be
+    name: str = "watch.lock",  # of the file that is locked; one for each kind of holder
+    holder: str = "watcher",  # what holds it, in words
 ) -> sqlite3.Connection:
-    "Holds the folder until closed, or until the process ends in whatever way. Raises `InputError` where another holds it."
+    "Holds the folder until closed, or until the process ends in whatever way. Raises `HeldError` where another has it, or `InputError`."
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(Path(out) / "watch.lock", timeout=0, isolation_level=None)
+        lock = sqlite3.connect(Path(out) / name, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         return lock
     except (OSError, sqlite3.Error) as e:
         if "locked" in str(e):
-            raise InputError(f"{out}: another watcher writes there. Stop it first, or choose another out=.") from None
+            raise HeldError(f"{out}: another {holder} writes there. Stop it first, or choose another out=.") from None
         raise InputError(f"{out}: cannot be locked ({e}). Choose out= on a local disk that can be written to.") from e
 
 # %% ../nbs/60_watch.ipynb #e7685a3c
