@@ -190,6 +190,7 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a letter that the terminal does not have is no reason to stop
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported
     arguments = _parse_arguments(arguments)
     _log_to_terminal(arguments)
     try:
