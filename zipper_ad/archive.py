@@ -86,10 +86,14 @@ class Archive:
         return sha.hexdigest()
 
 # %% ../nbs/62_archive.ipynb #8cbe3b18
-def _files(store, root: str) -> dict[str, str]:
-    "The name of each file below an address, without hidden ones and results, and its stamp; sorted."
-    infos = {root: store.info(root)} if store.isfile(root) else store.find(root, detail=True)
-    base = root.rpartition("/")[0] if root in infos else root
+def _base(store, root: str) -> str:
+    "The folder that names are relative to."
+    return root.rpartition("/")[0] if store.isfile(root) else root
+
+
+def _files(store, root: str, base: str) -> dict[str, str]:
+    "The name of each file at an address, without hidden ones and results, and its stamp; sorted."
+    infos = store.find(root, detail=True) if base == root else {root: store.info(root)}
     names = {file[len(base) :].lstrip("/"): info for file, info in infos.items()}
     results = {n.rpartition("/")[0] for n in names if n.rpartition("/")[2] == "archive.json"}
     stamp = lambda i: f"{i.get('size')} {next((i[k] for k in ('ETag', 'etag', 'mtime', 'LastModified') if k in i), '')}"  # noqa: E731
@@ -104,7 +108,8 @@ def open_archive(
 ) -> Archive:
     "List an archive. Raises `InputError` where it is empty, mixed, or its Parquet has no such columns."
     store, root = open_store(address)
-    files = _files(store, root)
+    base = _base(store, root)
+    files = _files(store, root, base)
     pictures = [n for n in files if n.lower().endswith(IMAGE_SUFFIXES)]
     parquet = [n for n in files if n.lower().endswith(".parquet")]
     if pictures and parquet:
@@ -113,15 +118,10 @@ def open_archive(
         raise InputError(f"{address}: no images there. They end with {', '.join(IMAGE_SUFFIXES)}, or .parquet.")
     names = pictures or parquet
     archive = Archive(str(address), "pictures" if pictures else "parquet", names, stamps=[files[n] for n in names])
-    return archive if pictures else _describe_parquet(replace(archive, image=image, name=name), store, _base(store, root))
+    return archive if pictures else _describe_parquet(replace(archive, image=image, name=name), store, base)
 
 # %% ../nbs/62_archive.ipynb #18f593d7
 _NAME_COLUMNS = ("file", "name", "path", "filename", "file_name", "key", "id")
-
-
-def _base(store, root: str) -> str:
-    "The folder that names are relative to."
-    return root.rpartition("/")[0] if store.isfile(root) else root
 
 
 def _columns(schema, archive: Archive) -> tuple[str, str]:

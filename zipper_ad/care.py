@@ -36,7 +36,7 @@ from .detector import FORMAT, Detector, versions
 from .drift import drift_test
 from .picture import SUFFIXES
 from .report import count_of, flatten
-from .threshold import Threshold, _rates, smallest_fpr, smallest_guaranteed_fpr
+from .threshold import Threshold, _needed, _rates, smallest_fpr, smallest_guaranteed_fpr
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +88,8 @@ def _trained_on(detector: Detector) -> set[str]:
 # %% ../nbs/63_care.ipynb #9e2e1b4c
 def _check_number(n: int, rate: float, confidence: float, data):
     "Raises `InputError` where n photographs cannot promise the rate: on average, or with the confidence, which is 0 for on average."
-    least, needed = smallest_fpr(n), math.ceil(1 / rate - 1 - 1e-6)
-    if confidence:
-        least, needed = smallest_guaranteed_fpr(n, confidence), math.ceil(math.log(1 - confidence) / math.log1p(-rate) - 1e-9)
-    if n < needed:
+    if n < (needed := _needed(rate, confidence)):
+        least = smallest_guaranteed_fpr(n, confidence) if confidence else smallest_fpr(n)
         how = f" with {confidence:.0%} confidence" if confidence else ""
         raise InputError(f"{data}: {n} distinct photographs promise a false-alarm rate of {least:.1%}{how}, not {rate:.1%}. "
                          f"Give {needed} or more, or say target_fpr={math.ceil(100 * least) / 100:g}.")

@@ -301,7 +301,7 @@ class _RunLog(logging.FileHandler):
 def _open_run(out: str, overwrite: bool, resume: bool = False) -> Path:
     "The run's folder, made if need be. Raises `InputError` where a detector would be lost or nothing can be written."
     folder = Path(out)
-    if (folder / "detector.json").exists() and not overwrite and not (resume and not _is_finished(folder)):
+    if (folder / "detector.json").exists() and not overwrite and (not resume or _is_finished(folder)):
         raise InputError(f"{folder}: holds a detector already. Choose another out=, or say overwrite=true.")
     if (folder / "checkpoints/state.safetensors").exists() and not (overwrite or resume):
         raise InputError(f"{folder}: holds an unfinished training. Say resume=true to carry on, or overwrite=true to begin anew.")

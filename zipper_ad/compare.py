@@ -199,14 +199,16 @@ def _same_but_for_seed(config: Config, other: Config) -> bool:
 @patch
 def trainings(self: Comparison) -> dict[str, list[Judge]]:
     "Detectors that differ by nothing but the seed, one of each seed, two or more, by what their names have in common."
-    groups: list[dict[int, Judge]] = []
+    groups: list[list[Judge]] = []
     for judge in self.judges:
         config = judge.detector.config
-        group = next((g for g in groups if _same_but_for_seed(next(iter(g.values())).detector.config, config)), {})
-        groups += [] if group else [group]
-        group.setdefault(config.seed, judge)  # a copy of a run is no second training
+        group = next((g for g in groups if _same_but_for_seed(g[0].detector.config, config)), None)
+        if group is None:
+            groups.append([judge])
+        elif config.seed not in {j.detector.config.seed for j in group}:  # a copy of a run is no second training
+            group.append(judge)
     found = {}
-    for group in (list(g.values()) for g in groups if len(g) > 1):
+    for group in (g for g in groups if len(g) > 1):
         name = _common_name([j.name for j in group]) or group[0].detector.config.model.name
         found[name if name not in found else f"{name} ({group[0].name} …)"] = group
     return found

@@ -49,6 +49,7 @@ from zipper_ad.picture import (
     _resize,
     _upright,
     _visible,
+    _visible_below,
     list_images,
     read_image,
     to_pixels,
@@ -998,7 +999,7 @@ def _check_others(report, images):
     splits = [folder for folder in (report.root / "train", report.root / "test") if folder.is_dir()]
     ignored, below = Counter(), []
     for folder in splits or [report.root]:
-        for file in sorted(f for f in folder.rglob("*") if f.is_file() and all(map(_visible, [f, *f.relative_to(folder).parents][:-1]))):
+        for file in sorted(f for f in folder.rglob("*") if f.is_file() and _visible_below(f, folder)):
             if file.suffix.lower() not in IMAGE_SUFFIXES:
                 ignored[file.suffix or file.name] += 1
             elif file not in images:

@@ -230,6 +230,7 @@ def auroc_interval(
 ) -> list[float] | None:
     "Interval [low, high] of AUROC by DeLong's variance on the logit. None when a class has fewer than two samples."
     labels, scores = _labelled(labels, scores)
+    _checked_level(level)
     high, low = scores[labels], scores[~labels]
     if min(len(high), len(low)) < 2:
         return None
@@ -239,7 +240,7 @@ def auroc_interval(
         bound = perfect_auroc_bound(len(low), len(high), (1 + level) / 2)
         return [float(area * bound), float(1 - (1 - area) * bound)]
     error = variance**0.5 / (area * (1 - area))
-    z = stats.norm.ppf([(1 - _checked_level(level)) / 2, (1 + level) / 2])
+    z = stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
     return [float(v) for v in special.expit(special.logit(area) + z * error)]
 
 # %% ../nbs/31_metrics.ipynb #4b4e6873

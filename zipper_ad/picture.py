@@ -212,6 +212,11 @@ def _visible(path):
     return not path.name.startswith((".", "__MACOSX"))
 
 
+def _visible_below(file, folder):
+    "Whether neither the file nor a folder on the way to it is hidden."
+    return all(_visible(p) for p in [file, *file.relative_to(folder).parents][:-1])
+
+
 def _folder(path):
     "The path of an existing folder."
     path = Path(path)
@@ -230,7 +235,7 @@ def list_images(
     folder = _folder(folder)
     files = folder.rglob("*") if recursive else folder.iterdir()
     files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
-    return sorted((f for f in files if all(_visible(p) for p in [f, *f.relative_to(folder).parents][:-1])), key=_natural)
+    return sorted((f for f in files if _visible_below(f, folder)), key=_natural)
 
 # %% ../nbs/07_picture.ipynb #c06526b3
 def _as_array(thing):
@@ -260,7 +265,8 @@ def as_pixels(
 # %% ../nbs/07_picture.ipynb #0ee4c720
 def _folder_images(folder: Path) -> list[Path]:
     "The images in a folder, or where it has none those below, but no masks in MVTec AD's layout. A warning tells of images left out."
-    found, below = list_images(folder), list_images(folder, recursive=True)
+    below = list_images(folder, recursive=True)
+    found = [f for f in below if f.parent == folder]
     if left := len(below) - len(found) if found else 0:
         logger.warning("%s: images in folders below are not judged (%d). Give one of those folders, or a pattern: '%s/**/*.png'",
                        folder, left, folder)

@@ -152,14 +152,13 @@ def run_job(
 
     if _is_finished(folder) and not overwrite:
         return {"status": "there already"}
-    carry_on, overwrite = not overwrite, overwrite or (folder / "detector.json").exists()  # one whose successor did not end
     start = time.monotonic()
     facts = {"status": "trained", "minutes": None, "error": ""}
     try:
         with _own_log():
             _check_early(config)
-            state = read_state(folder) if carry_on else None
-            _train(config, _open_run(str(folder), overwrite, state is not None), state is not None)
+            state = None if overwrite else read_state(folder)
+            _train(config, _open_run(str(folder), overwrite=state is None, resume=state is not None), state is not None)
             seconds = time.monotonic() - start + (state[1].get("seconds", 0) if state else 0)
             facts |= {"status": "carried on" if state else "trained", "minutes": round(seconds / 60, 3)}
     except Exception as e:  # one job's failure is no reason to stop the others

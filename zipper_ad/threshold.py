@@ -24,6 +24,11 @@ def smallest_fpr(
     "The smallest false-alarm rate that n held-out normal images can promise: 1 / (n + 1)."
     return 1 / (n + 1)
 
+
+def _needed(rate: float, confidence: float = 0.0) -> int:
+    "Held-out normal images that it takes to promise a rate: on average (confidence 0), or with confidence."
+    return math.ceil(math.log(1 - confidence) / math.log1p(-rate) - 1e-9) if confidence else math.ceil(1 / rate - 1 - 1e-6)
+
 # %% ../nbs/36_threshold.ipynb #3272fe08
 @dataclass(frozen=True)
 class Threshold:
@@ -57,10 +62,10 @@ def conformal_threshold(
     rank = math.ceil((n + 1) * (1 - target_fpr - 1e-9))
     message = ""
     if rank > n:
-        rank, needed = n, math.ceil(1 / target_fpr - 1 - 1e-6)
+        rank = n
         message = (f"{n} held-out normal images can promise a false-alarm rate of {smallest_fpr(n):.1%}, "
                    f"not {100 * target_fpr:.3g}%: the threshold keeps {smallest_fpr(n):.1%}. "
-                   f"Hold out {needed} or more for the rate asked.")
+                   f"Hold out {_needed(target_fpr)} or more for the rate asked.")
         if not quiet:
             logging.getLogger(__name__).warning(message)
     rank = max(rank, 1)
@@ -124,7 +129,7 @@ def guaranteed_threshold(
     scores = np.sort(_finite_scores(scores, "threshold"))
     if not (0 < target_fpr < 1 and 0 < confidence < 1):
         raise InputError(f"target_fpr={target_fpr}, confidence={confidence}: must lie between 0 and 1, 0.05 and 0.95 for example.")
-    n, needed = len(scores), math.ceil(math.log(1 - confidence) / math.log1p(-target_fpr) - 1e-9)
+    n, needed = len(scores), _needed(target_fpr, confidence)
     if not n:
         raise InputError(f"no normal images to calibrate on: hold {needed} or more out to guarantee {100 * target_fpr:.3g}%.")
     place, message = int((stats.binom.sf(np.arange(n), n, target_fpr) >= confidence - 1e-12).sum()), ""
